@@ -1,0 +1,42 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or later, make and pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test slow check readme clean
+
+demo: $(VENV)/.installed
+	$(BIN)/formix compare studies/demo-images.yaml studies/demo-text.yaml --out runs/demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -m slow
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The tables and the picture in README.md, from docs/results.
+readme: $(VENV)/.installed-dev
+	$(BIN)/python docs/readme.py
+	$(BIN)/python docs/screenshot.py docs/results/fashion-mnist/report.html docs/report.png
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) build runs

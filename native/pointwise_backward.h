@@ -1,0 +1,244 @@
+// The gradients of pointwise attention. With s_ij = scale q_i . k_j (+ bias_i), f_i = L_i^-a, P_ij = f_i h(s_ij):
+//   dV = P^T dO,  dS_ij = f_i scale h'(s_ij) (dO V^T)_ij,  dQ = dS K,  dK = dS^T Q.
+//
+// Scores are computed again, so nothing of size Nq x Nk exists. Loops: a block of keys, packed once, whose dK and dV stay
+// in cache; inside, all queries that see it, a block of rows at a time. dQ is summed over key blocks in fp32.
+#pragma once
+#include "pointwise_forward.h"
+
+constexpr int GRAD_ROWS = 96;  // query rows of a score block: the depth of the products P^T dO and dS^T Q
+
+// Equal blocks of at most `most`, in steps of `step`.
+static INLINE long even_block(long n, long most, long step) {
+  const long blocks = (n + most - 1) / most;
+  return ((n + blocks - 1) / blocks + step - 1) / step * step;
+}
+
+struct RowScale {
+  float factor, scale, bias;
+};
+
+// From raw scores s and dp = (dO V^T)_i: the weights into s and the score gradients into dp. n is whole vectors.
+template <int ACT> static void weigh_gradient(float *s, float *dp, int n, RowScale r) {
+  const float slope_factor = r.factor * r.scale;
+  for (int j = 0; j < n; j += W) {
+    vf slope, h = activation<ACT, true>(load(s + j) * r.scale + r.bias, slope);
+    store(s + j, h * r.factor);
+    store(dp + j, load(dp + j) * slope * slope_factor);
+  }
+}
+
+template <class T> struct PointwiseBackward {
+  using unit = typename T::unit;
+  static constexpr bool pairs = T::per_unit == 2;
+  const FormixPointwise &p;
+  const long b, g, group;
+  const int D, Dv, Dp, Dvp, units, units_v;
+  const long block_keys, block_rows;
+  // One block of keys.
+  unit *Kt, *Vt, *K;  // panels [units of D][NR], panels [units of Dv][NR], rows [units of keys][Dp]
+  float *dK, *dV;     // [keys][Dp], [keys][Dvp]
+  float *dKt, *dVt;   // with tiles they are summed transposed: [D][keys], [Dv][keys]
+  // One block of rows. Q and dO by row for products over channels; Qr and dOr for products over rows.
+  unit *Q, *dO, *Qr, *dOr;
+  unit *Qt, *dOt;  // with tiles: Qr and dOr transposed, [Dp][LDA], [Dvp][LDA]
+  float *S, *dP;       // [rows][LDA]
+  unit *Pt, *dSt, *dS;  // what the products read: pairs of rows, pairs of rows, rows
+  long ld_q, ld_do;     // between rows of Qr and dOr
+  float *factor, *bias;  // [group][Nq]
+  float *dQ;             // [group][Nq][Dp]
+
+  static long keys_of(const FormixPointwise &p) { return even_block(p.Nk, KEYS, NR); }
+  static long query_gradient_size(const FormixPointwise &p) { return p.Hq / p.Hkv * p.Nq * round_up(p.D, W); }
+
+  // Lays out the working memory; with memory = null only measures it. `query_gradient`: where dQ is, or null for here.
+  long lay_out(float *memory, float *query_gradient) {
+    float *next = memory;
+    auto take = [&](long n) { float *r = next; next += (n + 15) / 16 * 16; return r; };
+    Kt = (unit *)take(block_keys * units), Vt = (unit *)take(block_keys * units_v), K = (unit *)take(block_keys * Dp);
+    dK = take(block_keys * Dp), dV = take(block_keys * Dvp);
+    Q = (unit *)take(GRAD_ROWS * LDA), dO = (unit *)take(GRAD_ROWS * LDA);
+    S = take(GRAD_ROWS * LDA), dP = take(GRAD_ROWS * LDA);
+    if (pairs) {
+      Qr = (unit *)take(GRAD_ROWS / 2 * Dp), dOr = (unit *)take(GRAD_ROWS / 2 * Dvp), ld_q = Dp, ld_do = Dvp;
+      Pt = (unit *)take(GRAD_ROWS / 2 * LDA), dSt = (unit *)take(GRAD_ROWS / 2 * LDA), dS = (unit *)take(GRAD_ROWS * LDA);
+    } else {
+      Qr = Q, dOr = dO, ld_q = ld_do = LDA;
+      Pt = (unit *)S, dSt = dS = (unit *)dP;
+    }
+    if (T::tiles) {
+      Qt = (unit *)take((long)Dp * LDA), dOt = (unit *)take((long)Dvp * LDA);
+      dKt = take(D * block_keys), dVt = take(Dv * block_keys);
+    }
+    factor = take(group * p.Nq), bias = take(group * p.Nq);
+    dQ = query_gradient ? query_gradient : take(query_gradient_size(p));
+    return next - memory;
+  }
+
+  PointwiseBackward(const FormixPointwise &p, long b, long g)
+      : p(p), b(b), g(g), group(p.Hq / p.Hkv), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)),
+        units((D + T::per_unit - 1) / T::per_unit), units_v((Dv + T::per_unit - 1) / T::per_unit), block_keys(keys_of(p)),
+        block_rows(even_block(p.Nq, GRAD_ROWS, MR)) {}
+
+  void read_rows(long h, long i0, int rows) const {
+    for (int r = 0; r < rows; r++) {
+      read_units<T>(row_of(p.q, p.type, b, h, i0 + r), p.type, D, round_up(units, W), Q + r * LDA);
+      read_units<T>(row_of(p.grad_out, p.type, b, h, i0 + r), p.type, Dv, round_up(units_v, W), dO + r * LDA);
+    }
+    if constexpr (pairs) {
+      pack_rows<T>(p.q, p.type, b, h, i0, rows, D, Qr);
+      pack_rows<T>(p.grad_out, p.type, b, h, i0, rows, Dv, dOr);
+      if (T::tiles) {
+        transpose_units(Qr, Dp, (rows + 1) / 2, Qt);
+        transpose_units(dOr, Dvp, (rows + 1) / 2, dOt);
+      }
+    }
+  }
+
+  static void transpose_units(const unit *from, int columns, int n, unit *to) {  // [n][columns] -> [columns][LDA]
+    for (int d = 0; d < columns; d += W)
+      for (int i = 0; i < n; i += W) {
+        vu block[W];
+        for (int r = 0; r < W; r++) block[r] = i + r < n ? load((const uint32_t *)from + (i + r) * columns + d) : vu{};
+        transpose(block);
+        for (int r = 0; r < W; r++) store((uint32_t *)to + (d + r) * LDA + i, block[r]);
+      }
+  }
+
+  // S and dP of `rows` rows and n keys from j0 on, then P and dS.
+  void scores(const Visibility &see, long h_in_group, long i0, int rows, long j0, int n) const {
+    const int padded = round_up(n, T::tiles ? NR : W);  // tiles are multiplied whole
+    for (int j = 0; j < n; j += NR) {
+      int from = 0;  // rows before this panel's first key
+      if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / MR * MR));
+      const long panel = j / NR, at = from * LDA + j;
+      gemm_panel<T, false, SET>(rows - from, n - j, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
+      gemm_panel<T, false, SET>(rows - from, n - j, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at, LDA);
+    }
+    const bool masked = see.mask || (see.causal && j0 + n > i0 + 1);
+    const float *f = factor + h_in_group * p.Nq + i0, *c = bias + h_in_group * p.Nq + i0;
+    for (int r = 0; r < rows; r++) {
+      float *s = S + r * LDA, *dp = dP + r * LDA;
+      with_activation(p.activation, [&](auto act) {
+        weigh_gradient<decltype(act)::value>(s, dp, padded, {f[r], (float)p.scale, c[r]});
+      });
+      if (masked) see.apply(i0 + r, j0, j0 + n, s, dp);
+      for (int j = n; j < padded; j++) s[j] = dp[j] = 0;
+      if constexpr (pairs)
+        for (int j = 0; j < padded; j += W) *(vh_at *)((uint16_t *)(dS + r * LDA) + j) = to_bf16(load(dp + j));
+    }
+    if constexpr (pairs)
+      for (int r = 0; r < rows; r += 2)
+        for (int j = 0; j < padded; j += W) {
+          const long at = r * LDA + j, to = r / 2 * LDA + j;
+          vu p1 = vu{}, ds1 = vu{};
+          if (r + 1 < rows) p1 = bf16_bits(load(S + at + LDA)), ds1 = bf16_bits(load(dP + at + LDA));
+          store(Pt + to, bf16_bits(load(S + at)) | (p1 << 16));
+          store(dSt + to, bf16_bits(load(dP + at)) | (ds1 << 16));
+        }
+  }
+
+  // The key blocks part, part + parts, ...: dK and dV of those are complete, dQ is their share.
+  void run(long part, long parts) const {
+    typename T::session session;
+    (void)session;
+    memset(dQ, 0, sizeof(float) * query_gradient_size(p));
+    for (long e = 0; e < group; e++)
+      Visibility(p, b, g * group + e).rows(p, 0, p.Nq, factor + e * p.Nq, bias + e * p.Nq);
+    for (long j0 = part * block_keys; j0 < p.Nk; j0 += parts * block_keys) {
+      const int held = least(block_keys, p.Nk - j0);
+      pack_transposed<T>(p.k, p.type, b, g, j0, held, D, Kt);
+      pack_transposed<T>(p.v, p.type, b, g, j0, held, Dv, Vt);
+      pack_rows<T>(p.k, p.type, b, g, j0, held, D, K);
+      if (T::tiles) {
+        memset(dKt, 0, sizeof(float) * D * block_keys);
+        memset(dVt, 0, sizeof(float) * Dv * block_keys);
+      } else {
+        memset(dK, 0, sizeof(float) * held * Dp);
+        memset(dV, 0, sizeof(float) * held * Dvp);
+      }
+      for (long e = 0; e < group; e++) {
+        const long h = g * group + e;
+        const Visibility see(p, b, h);
+        const int n = least((long)held, see.limit - j0);
+        if (n <= 0) continue;
+        for (long i0 = see.causal ? j0 / block_rows * block_rows : 0; i0 < p.Nq; i0 += block_rows) {
+          const int rows = least(block_rows, p.Nq - i0), row_units = (rows + T::per_unit - 1) / T::per_unit;
+          const int seen = least((long)n, see.limit_of(i0 + rows - 1) - j0);
+          if (seen <= 0) continue;
+          read_rows(h, i0, rows);
+          scores(see, e, i0, rows, j0, seen);
+          if constexpr (T::tiles) {  // dV^T = dO^T P: AMX wants rows on the left, and P lies in pairs of rows
+            for (int j = 0; j < seen; j += NR) {
+              gemm_panel<T, false, ADD>(Dv, seen - j, row_units, dOt, 0, Pt + j, LDA, dVt + j, block_keys);
+              gemm_panel<T, false, ADD>(D, seen - j, row_units, Qt, 0, dSt + j, LDA, dKt + j, block_keys);
+            }
+          } else {
+            for (int d = 0; d < Dv; d += NR)
+              gemm_panel<T, true, ADD>(seen, Dv - d, row_units, Pt, LDA, dOr + d, ld_do, dV + d, Dvp);
+            for (int d = 0; d < D; d += NR)
+              gemm_panel<T, true, ADD>(seen, D - d, row_units, dSt, LDA, Qr + d, ld_q, dK + d, Dp);
+          }
+          float *dq = dQ + (e * p.Nq + i0) * Dp;
+          for (int d = 0; d < D; d += NR)
+            gemm_panel<T, false, ADD>(rows, D - d, (seen + T::per_unit - 1) / T::per_unit, dS, 0, K + d, Dp, dq + d, Dp);
+        }
+      }
+      if (T::tiles)
+        for (int j = 0; j < held; j++) {
+          for (int d = 0; d < D; d++) dK[(long)j * Dp + d] = dKt[d * block_keys + j];
+          for (int d = 0; d < Dv; d++) dV[(long)j * Dvp + d] = dVt[d * block_keys + j];
+        }
+      for (int j = 0; j < held; j++) {
+        write_row((void *)row_of(p.grad_k, p.type, b, g, j0 + j), p.type, D, dK + (long)j * Dp);
+        write_row((void *)row_of(p.grad_v, p.type, b, g, j0 + j), p.type, Dv, dV + (long)j * Dvp);
+      }
+    }
+  }
+  void write_query_gradient(long first, long last) const {  // rows of [group][Nq]
+    for (long i = first; i < last; i++)
+      write_row((void *)row_of(p.grad_q, p.type, b, g * group + i / p.Nq, i % p.Nq), p.type, D, dQ + i * Dp);
+  }
+};
+
+template <class T> static int pointwise_backward(const FormixPointwise &p) {
+  const long pairs = p.B * p.Hkv, rows = p.Hq / p.Hkv * p.Nq, block = PointwiseBackward<T>::keys_of(p);
+  const long parts = parts_for(pairs, p.threads, (p.Nk + block - 1) / block, false);
+  const long share = PointwiseBackward<T>::query_gradient_size(p);
+  float *shares = nullptr;  // of dQ, when several tasks add to one
+  if (parts > 1 && !(shares = (float *)aligned_alloc(64, (4 * pairs * parts * share + 63) / 64 * 64))) return 1;
+  int failed = 0;
+#pragma omp parallel num_threads(p.threads) reduction(| : failed)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (long task = 0; task < pairs * parts; task++) {
+      const long pair = task / parts;
+      PointwiseBackward<T> backward(p, pair / p.Hkv, pair % p.Hkv);
+      float *own = shares ? shares + task * share : nullptr;
+      auto *memory = (float *)formix::scratch(4 * backward.lay_out(nullptr, own));
+      if (!memory) {
+        failed = 1;
+        continue;
+      }
+      backward.lay_out(memory, own);
+      backward.run(task % parts, parts);
+      if (!shares) backward.write_query_gradient(0, rows);
+    }
+    if (shares) {
+#pragma omp for schedule(static)
+      for (long piece = 0; piece < pairs * p.threads; piece++) {
+        const long pair = piece / p.threads, first = rows * (piece % p.threads) / p.threads,
+                   last = rows * (piece % p.threads + 1) / p.threads, width = round_up(p.D, W);
+        float *total = shares + pair * parts * share;
+        for (long part = 1; part < parts; part++)
+          for (long i = first * width; i < last * width; i += W)
+            store(total + i, load(total + i) + load(total + part * share + i));
+        PointwiseBackward<T> backward(p, pair / p.Hkv, pair % p.Hkv);
+        backward.dQ = total;
+        backward.write_query_gradient(first, last);
+      }
+    }
+  }
+  free(shares);
+  return failed;
+}

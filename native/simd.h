@@ -1,0 +1,136 @@
+// Vectors of W floats by the compilers' vector extension, and the few operations that it does not express well.
+// Each instruction set compiles this file anew inside its own namespace (kernels.cpp).
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+// The same, at any address and over any object.
+typedef float vf_at __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu_at __attribute__((vector_size(W * 4), aligned(1), may_alias));
+typedef uint16_t vh_at __attribute__((vector_size(W * 2), aligned(1), may_alias));
+typedef uint8_t vb_at __attribute__((vector_size(W), aligned(1), may_alias));
+
+static INLINE vf splat(float x) { return x - vf{}; }
+static INLINE vf load(const float *p) { return *(const vf_at *)p; }
+static INLINE vu load(const uint32_t *p) { return *(const vu_at *)p; }
+static INLINE void store(float *p, vf x) { *(vf_at *)p = x; }
+static INLINE void store(uint32_t *p, vu x) { *(vu_at *)p = x; }
+
+template <int A> struct Constant { static constexpr int value = A; };  // a number as an argument type
+template <class T> static INLINE T least(T a, T b) { return a < b ? a : b; }
+template <class T> static INLINE T greatest(T a, T b) { return a > b ? a : b; }
+
+// max(a, x) and min(a, x) that keep a NaN in x: x86 returns the second operand then.
+static INLINE vf vmax(vf a, vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)x);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)x);
+#else
+  return a > x ? a : x;
+#endif
+}
+static INLINE vf vmin(vf a, vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps((__m512)a, (__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)x);
+#elif defined(__SSE2__)
+  return (vf)_mm_min_ps((__m128)a, (__m128)x);
+#else
+  return a < x ? a : x;
+#endif
+}
+static INLINE vf vabs(vf x) { return (vf)((vu)x & 0x7fffffffu); }
+static INLINE vf keep(vi condition, vf x) { return (vf)((vi)x & condition); }  // x where the condition is ~0, else 0
+
+// bf16 <-> fp32, rounding to nearest even; a NaN stays one.
+static INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+static INLINE vu bf16_bits(vf x) {  // in the low half of each lane
+#if defined(__AVX512BF16__)
+  return __builtin_convertvector((vh)_mm512_cvtneps_pbh((__m512)x), vu);
+#else
+  vu u = (vu)x;
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (vu)((vi)(x == x)) ? rounded : ((u >> 16) | 0x40u);
+#endif
+}
+static INLINE vh to_bf16(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(bf16_bits(x), vh);
+#endif
+}
+// fp16 <-> fp32 by integer arithmetic (Giesen): works without F16C and on any compiler.
+static INLINE vf from_f16(vh h) {
+  vu x = __builtin_convertvector(h, vu);
+  vu magnitude = (x & 0x7fffu) << 13;
+  vf value = (vf)magnitude * 0x1p112f;  // moves the exponent; turns subnormals into normal numbers
+  vu special = (vu)((vi)(magnitude >= (0x7c00u << 13)));  // inf and NaN
+  return (vf)((vu)value | (special & 0x7f800000u) | ((x & 0x8000u) << 16));
+}
+static INLINE vh to_f16(vf f) {
+  vu sign = (vu)f & 0x80000000u, x = (vu)f ^ sign;
+  vu normal = (x - (112u << 23) + 0xfffu + ((x >> 13) & 1u)) >> 13;
+  vu small = (vu)((vf)x + 0.5f) - 0x3f000000u;  // the addition rounds at the subnormal step 2^-24
+  vu result = (vu)((vi)(x < (113u << 23))) ? small : normal;
+  result = (vu)((vi)(x >= (143u << 23))) ? (vu{} + 0x7c00u) : result;
+  result = (vu)((vi)(x > (255u << 23))) ? (vu{} + 0x7e00u) : result;
+  return __builtin_convertvector(result | (sign >> 16), vh);
+}
+
+// In place transposition of a W x W block of 32-bit lanes: swap off-diagonal halves, quarters, ...
+template <int S> static INLINE void transpose_step(vu *r) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & S)) {
+      vu a = r[i], b = r[i + S];
+#define LOW(l) ((l) & S ? W + (l) - S : (l))
+#define HIGH(l) ((l) & S ? W + (l) : (l) + S)
+#if defined(__AVX512F__)
+      r[i] = __builtin_shufflevector(a, b, LOW(0), LOW(1), LOW(2), LOW(3), LOW(4), LOW(5), LOW(6), LOW(7), LOW(8),
+                                     LOW(9), LOW(10), LOW(11), LOW(12), LOW(13), LOW(14), LOW(15));
+      r[i + S] = __builtin_shufflevector(a, b, HIGH(0), HIGH(1), HIGH(2), HIGH(3), HIGH(4), HIGH(5), HIGH(6), HIGH(7),
+                                         HIGH(8), HIGH(9), HIGH(10), HIGH(11), HIGH(12), HIGH(13), HIGH(14), HIGH(15));
+#elif defined(__AVX2__)
+      r[i] = __builtin_shufflevector(a, b, LOW(0), LOW(1), LOW(2), LOW(3), LOW(4), LOW(5), LOW(6), LOW(7));
+      r[i + S] = __builtin_shufflevector(a, b, HIGH(0), HIGH(1), HIGH(2), HIGH(3), HIGH(4), HIGH(5), HIGH(6), HIGH(7));
+#else
+      r[i] = __builtin_shufflevector(a, b, LOW(0), LOW(1), LOW(2), LOW(3));
+      r[i + S] = __builtin_shufflevector(a, b, HIGH(0), HIGH(1), HIGH(2), HIGH(3));
+#endif
+#undef LOW
+#undef HIGH
+    }
+}
+static INLINE void transpose(vu *r) {
+#if defined(__AVX512F__)
+  transpose_step<8>(r);
+#endif
+#if defined(__AVX2__)
+  transpose_step<4>(r);
+#endif
+  transpose_step<2>(r);
+  transpose_step<1>(r);
+}

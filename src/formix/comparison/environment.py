@@ -1,0 +1,65 @@
+"""Where a comparison ran: versions, processor, threads."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from formix.comparison.results import Environment
+
+
+def capture_environment() -> Environment:
+    """The environment of this process, as the report shows it."""
+    return Environment(
+        formix=metadata.version("formix"),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        timm=_version("timm"),
+        transformers=_version("transformers"),
+        cpu=_processor(),
+        instruction_set=instruction_set(),
+        threads=torch.get_num_threads(),
+        platform=platform.platform(),
+        commit=_commit(),
+    )
+
+
+def instruction_set() -> str:
+    """The vector instructions that PyTorch uses here, and those that multiply bfloat16."""
+    names = [torch.backends.cpu.get_cpu_capability()]
+    if torch.cpu._is_avx512_bf16_supported():
+        names.append("AVX512-BF16")
+    if torch.cpu._is_amx_tile_supported():
+        names.append("AMX")
+    return " + ".join(names)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

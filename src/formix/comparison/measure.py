@@ -1,0 +1,60 @@
+"""What a comparison measures of every design besides its accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from formix.benchmarks import count_flops, interleaved_medians
+from formix.data import Batch, Data, collate
+from formix.training import forward, peak_step_memory
+from formix.training.tasks import MODEL_INPUTS
+
+LATENCY_BATCHES = (1, 32)
+LATENCY_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def first_batch(data: Data, size: int) -> Batch:
+    """The first `size` training samples."""
+    return next(iter(DataLoader(data.train, batch_size=size, collate_fn=collate)))
+
+
+def flops_per_item(model: nn.Module, data: Data) -> int:
+    """Forward operations for one image or one sequence."""
+    sample = first_batch(data, 1)
+    if "pixel_values" in sample:
+        return count_flops(model, sample["pixel_values"])
+    return count_flops(model, {k: sample[k] for k in MODEL_INPUTS if k in sample})
+
+
+def step_memory(model: nn.Module, data: Data, batch_size: int, precision: str) -> int:
+    """Bytes alive at the worst moment of a training step."""
+    return peak_step_memory(model, data, first_batch(data, batch_size), precision)
+
+
+def latencies(models: dict[str, nn.Module], data: Data) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Milliseconds of a forward pass: design -> dtype -> batch size; the designs are timed in turn.
+
+    The models run as a user would run them: evaluation mode, no gradients, weights and inputs in the dtype.
+    """
+    result: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in models}
+    for dtype in LATENCY_DTYPES:
+        typed = {name: model.eval().to(dtype) for name, model in models.items()}
+        for size in LATENCY_BATCHES:
+            batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in first_batch(data, size).items()}
+            calls = {name: _call(model, batch) for name, model in typed.items()}
+            for name, seconds in interleaved_medians(calls).items():
+                result[name].setdefault(str(dtype).removeprefix("torch."), {})[str(size)] = 1e3 * seconds
+    return result
+
+
+def _call(model: Any, batch: Batch) -> Callable[[], object]:
+    @torch.inference_mode()
+    def call() -> object:
+        return forward(model, batch)
+
+    return call

@@ -1,0 +1,61 @@
+"""The model that a comparison trains when the study names none: small, and the same trunk for every design."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from formix import create_model
+from formix.data import Data
+
+IMAGE_MODEL = "vit_tiny_patch16_224"
+
+
+def default_model(data: Data) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a small model for the data.
+
+    Images: 4 layers, width 64, at most 8 x 8 patches, no class token and mean pooling, so that designs that mix no
+    tokens read out as the others do. Language modelling: GPT-2 of 4 layers, width 128. Sentences: BERT of 2 layers,
+    width 128.
+    """
+    if data.task == "image-classification":
+        assert data.img_size is not None
+        small = {"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0}
+        return IMAGE_MODEL, {
+            **small,
+            "patch_size": patch_size(data.img_size),
+            "class_token": False,
+            "global_pool": "avg",
+        }
+    if data.task == "causal-lm":
+        return "gpt2-nano", {}
+    return "bert-tiny", {}
+
+
+def patch_size(img_size: tuple[int, int]) -> int:
+    """The smallest patch that divides the image and leaves at most 8 patches a side; at least 2."""
+    height, width = img_size
+    fitting = [p for p in range(2, min(height, width) + 1) if height % p == 0 and width % p == 0]
+    return next((p for p in fitting if max(height, width) // p <= 8), fitting[-1] if fitting else 1)
+
+
+def build_model(data: Data, name: str | None, arguments: dict[str, Any], design: Any) -> Any:
+    """A model for the data with the design's blocks and fresh weights; arguments override the default model's."""
+    base, defaults = default_model(data)
+    if name is not None and name != base:
+        base, defaults = name, {}
+    return create_model(base, design=design, **{**defaults, **data_arguments(data), **arguments})
+
+
+def data_arguments(data: Data) -> dict[str, Any]:
+    """What the data decide: sizes of input and output."""
+    if data.task == "image-classification":
+        return {"img_size": data.img_size, "in_chans": data.in_chans, "num_classes": data.num_classes}
+    if data.task == "causal-lm":
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return {"vocab_size": data.vocab_size, "n_positions": data.sequence_length, **dropout}
+    return {
+        "vocab_size": data.vocab_size,
+        "max_position_embeddings": max(512, data.sequence_length or 0),
+        "num_labels": data.num_classes,
+        "pad_token_id": getattr(data.tokenizer, "pad_token_id", 0) or 0,
+    }

@@ -1,0 +1,194 @@
+"""Image classification on the user's own pictures: a tree with one folder per class, on disk or in a .tar."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from formix.data.base import SPLITS, Data, Request
+from formix.data.images import Pixels, image_data
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MEMORY_LIMIT = 2**30  # bytes of decoded pixels up to which images are kept; above, each is decoded when it is read
+DEFAULT_SIZE = 64  # side, where the images differ in size and no img_size is given
+
+
+class EncodedImage(NamedTuple):
+    """An image as it is stored, JPEG, PNG or whatever PIL reads."""
+
+    name: str  # for messages
+    read: Callable[[], bytes]
+
+    def open(self) -> Image.Image:
+        """The image, its header read and the rest not yet; ValueError if it is none."""
+        from PIL import Image
+
+        try:
+            return Image.open(io.BytesIO(self.read()))
+        except Exception as error:  # PIL's decoders raise many kinds
+            raise ValueError(self._complaint(error)) from error
+
+    def decode(self, size: tuple[int, int]) -> Tensor:
+        """uint8 [3, H, W]: RGB, the shorter side scaled and the centre cut out; ValueError if it cannot be read."""
+        from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+        image = self.open()
+        try:
+            image = image.convert("RGB")
+        except Exception as error:
+            raise ValueError(self._complaint(error)) from error
+        if image.size != size[::-1]:
+            image = center_crop(resize(image, min(size)), list(size))
+        return pil_to_tensor(image)
+
+    def _complaint(self, error: Exception) -> str:
+        reason = "it is no image" if type(error).__name__ == "UnidentifiedImageError" else error
+        return f"The image {self.name!r} cannot be read ({reason}); repair or remove it."
+
+
+class DecodedWhenRead:
+    """Images [N, 3, H, W] of files, decoded at every access."""
+
+    def __init__(self, files: Sequence[EncodedImage], size: tuple[int, int]) -> None:
+        self.files, self.size = files, size
+        self.shape = (len(files), 3, *size)
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self.files[index].decode(self.size) for index in indices])
+
+
+def load_folder(request: Request) -> Data:
+    """`folder:PATH`, a folder or an uncompressed .tar of one.
+
+    With train/CLASS/* and val/CLASS/* (or test/), that split is the test set and validation is held out of train; with
+    all three, each is what its name says; with CLASS/* alone, validation and test are both held out, stratified. RGB;
+    scaled by the shorter side and cut to the centre. ValueError for a path that does not exist, no images, fewer than
+    two classes, a class that train lacks, or an image that cannot be read.
+    """
+    tree = _tree(request)
+    by_split, how = _splits(tree, request)
+    class_names = sorted({label for _, label in by_split["train"]})
+    index = {label: i for i, label in enumerate(class_names)}
+    for split, samples in by_split.items():
+        if unknown := sorted({label for _, label in samples} - index.keys()):
+            raise ValueError(
+                f"The {split} split of {request.name!r} has the class {unknown[0]!r}, which train lacks; that has "
+                f"{', '.join(class_names[:10])}{' ...' if len(class_names) > 10 else ''}: rename or remove the folder."
+            )
+    if len(class_names) < 2:
+        raise ValueError(f"{request.name!r} has one class only, {class_names[0]!r}; at least two are needed.")
+    files = {split: [file for file, _ in samples] for split, samples in by_split.items()}
+    labels = {split: np.array([index[label] for _, label in samples]) for split, samples in by_split.items()}
+    provenance = {"source": request.argument, "licence": "the user's own files", "preprocessing": how}
+    return encoded_image_data(request, files, labels, class_names, provenance)
+
+
+def encoded_image_data(
+    request: Request,
+    files: Mapping[str, Sequence[EncodedImage]],
+    labels: Mapping[str, np.ndarray],
+    class_names: Sequence[str],
+    provenance: dict[str, Any],
+) -> Data:
+    """Data from encoded images by split; train is there, validation and test are held out of it where they are not."""
+    absent = [split for split in SPLITS if split not in files]
+    rows = request.divide(len(files["train"]), labels["train"], absent)
+    files = {split: [files["train"][i] for i in rows[split]] if split in rows else files[split] for split in SPLITS}
+    labels = {split: labels["train"][rows[split]] if split in rows else labels[split] for split in SPLITS}
+    everything = [file for split in SPLITS for file in files[split]]
+    size = (request.img_size, request.img_size) if request.img_size else _common_size(everything)
+    in_memory = len(everything) * 3 * size[0] * size[1] <= MEMORY_LIMIT
+    reader = _decode_all if in_memory else DecodedWhenRead
+    splits: list[tuple[Pixels, Tensor]] = [(reader(files[s], size), torch.from_numpy(labels[s])) for s in SPLITS]
+    steps = [
+        provenance["preprocessing"],
+        *([f"{' and '.join(absent)} held out of train, stratified, seed {request.seed}"] if absent else []),
+        f"RGB, shorter side scaled and centre cut to {size[0]} x {size[1]}",
+        "decoded once" if in_memory else "decoded when read",
+    ]
+    return image_data(request.name, splits, class_names, {**provenance, "preprocessing": "; ".join(steps)})
+
+
+def _tree(request: Request) -> dict[PurePosixPath, EncodedImage]:
+    """Every image below the root, by its path from there, sorted; folders around the whole tree are passed over."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    root = Path(request.argument)
+    if not root.exists():
+        raise ValueError(f"{str(root)!r} does not exist; give a folder, or a .tar, that holds a folder per class.")
+    found: dict[PurePosixPath, EncodedImage] = {}
+    if root.is_dir():
+        for folder, _, names in os.walk(root, followlinks=True):
+            for path in (Path(folder, name) for name in names):
+                found[PurePosixPath(path.relative_to(root))] = EncodedImage(str(path), path.read_bytes)
+    else:
+        try:
+            with tarfile.open(root, "r:") as archive:
+                for member in filter(tarfile.TarInfo.isfile, archive):
+                    read = partial(_read_part, root, member.offset_data, member.size)
+                    found[PurePosixPath(member.name)] = EncodedImage(f"{root}/{member.name}", read)
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{str(root)!r} is neither a folder nor an uncompressed .tar ({error}).") from error
+    images = {p: f for p, f in found.items() if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")}
+    if not images:
+        raise ValueError(f"{str(root)!r} holds no images ({', '.join(IMG_EXTENSIONS)}).")
+    while all(len(p.parts) > 2 for p in images) and len(tops := {p.parts[0] for p in images}) == 1:
+        if tops <= {"train", "val", "test"}:
+            break
+        images = {PurePosixPath(*p.parts[1:]): f for p, f in images.items()}
+    return dict(sorted(images.items()))
+
+
+def _read_part(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _splits(
+    tree: dict[PurePosixPath, EncodedImage], request: Request
+) -> tuple[dict[str, list[tuple[EncodedImage, str]]], str]:
+    """(image, class) of the splits that the tree names, always train, and which they are in words."""
+    named: dict[str, list[tuple[EncodedImage, str]]] = {}
+    for path, file in tree.items():
+        if path.parts[0] in ("train", "val", "test") and len(path.parts) > 2:
+            named.setdefault(path.parts[0], []).append((file, path.parts[1]))
+    if named and "train" not in named:
+        raise ValueError(f"{request.name!r} has {' and '.join(sorted(named))} but no train to learn from; add it.")
+    if "val" in named and "test" in named:
+        return {"train": named["train"], "validation": named["val"], "test": named["test"]}, "train, val, test as named"
+    for split in ("val", "test"):
+        if split in named:
+            return {"train": named["train"], "test": named[split]}, f"{split} is the test set"
+    if named:
+        return named, "train as named"
+    samples = [(file, path.parts[0]) for path, file in tree.items() if len(path.parts) > 1]
+    if not samples:
+        raise ValueError(f"{request.name!r} has images but no classes; put the images of each class in a folder.")
+    return {"train": samples}, "a folder per class"
+
+
+def _common_size(files: Sequence[EncodedImage]) -> tuple[int, int]:
+    """Height and width if all images agree, else the default square."""
+    sizes = {file.open().size[::-1] for file in files}
+    return sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
+
+
+def _decode_all(files: Sequence[EncodedImage], size: tuple[int, int]) -> Tensor:
+    pixels = torch.empty(len(files), 3, *size, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:  # PIL releases the interpreter's lock
+        for index, image in enumerate(pool.map(lambda file: file.decode(size), files)):
+            pixels[index] = image
+    return pixels

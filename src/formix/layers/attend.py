@@ -1,0 +1,85 @@
+"""From a mixer's description to its operator: the one place where every model asks for attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from formix.design import GatedUnit, Mixer, Pointwise, Sima, Softmax
+from formix.ops import l1_attention, pointwise_attention
+from formix.ops.masks import repeat_heads, visible_mask
+
+
+def attend(
+    mixer: Mixer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """The mixer's output for [B, H, N, D] query and [B, Hkv, N, D] key and value, as [B, H, N, D].
+
+    Masks are boolean, True = attend (softmax also takes additive ones). Dropout is of attention weights; SimA,
+    which has none in its linear form, ignores it as its official code does.
+
+    Raises:
+        ValueError: a mask that the mixer cannot have, or a causal SimA.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    match mixer:
+        case Softmax():
+            if is_causal and attn_mask is not None:
+                attn_mask, is_causal = _causal(attn_mask, query, key), False
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                enable_gqa=grouped,
+            )  # fmt: skip
+        case Pointwise():
+            length = (
+                {"visible": None, "keys": key.shape[2]}[mixer.length] if isinstance(mixer.length, str) else mixer.length
+            )
+            return pointwise_attention(
+                query, key, value, activation=mixer.activation, length_exponent=mixer.length_exponent, length=length,
+                attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped, dropout_p=dropout_p,
+            )  # fmt: skip
+        case Sima():
+            if is_causal:
+                raise ValueError("SimA cannot be causal: its l1 norms run over all tokens and would see the future.")
+            key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+            padding = None if attn_mask is None else key_padding(attn_mask, query.shape[0], key.shape[2])
+            return l1_attention(query, key, value, key_padding_mask=padding, eps=mixer.eps)
+        case GatedUnit():
+            raise AssertionError("a gated unit has no queries and keys")
+
+
+def _causal(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+    if attn_mask.dtype == torch.bool:
+        return visible_mask(attn_mask, True, query, key)
+    causal = visible_mask(None, True, query, key)
+    assert causal is not None
+    return attn_mask.masked_fill(~causal, float("-inf"))
+
+
+def key_padding(attn_mask: Tensor, batch: int, num_keys: int) -> Tensor:
+    """[B, N] padding mask out of an attention mask [B or 1, 1, 1, N], [1, N] or [N].
+
+    Two dimensions are [queries, keys] here as everywhere, so a batch's padding mask needs its four.
+
+    Raises:
+        ValueError: the mask is not boolean or differs between heads or queries, which SimA's norms cannot express.
+    """
+    if attn_mask.dtype != torch.bool:
+        raise ValueError(f"attn_mask has dtype {attn_mask.dtype}; SimA takes a boolean mask, True = attend.")
+    flat = attn_mask[:, 0, 0] if attn_mask.dim() == 4 and attn_mask.shape[1:3] == (1, 1) else attn_mask
+    rows = (1, batch) if attn_mask.dim() == 4 else (1,)
+    if flat.dim() not in (1, 2) or flat.shape[-1] != num_keys or (flat.dim() == 2 and flat.shape[0] not in rows):
+        raise ValueError(
+            f"attn_mask has shape {list(attn_mask.shape)}; SimA normalises over all tokens and can leave out padding "
+            f"only: pass a mask of keys, [B, 1, 1, {num_keys}] or [{num_keys}]."
+        )
+    return flat.expand(batch, num_keys)

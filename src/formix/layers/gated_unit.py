@@ -1,0 +1,61 @@
+"""Activator's gated unit as a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formix.design import GluActivation
+from formix.ops import gated_unit
+
+
+class GatedUnit(nn.Module):
+    """y = (N(act(x W1 + b1)) * N'(x W2 + b2)) W3 + b3 on [B, N, C]; N, N' only with `inner_norm`.
+
+    It mixes no tokens: masks and the causal flag, which say what a token may see of others, change nothing.
+
+    Args:
+        dim: C.
+        hidden_features: F, the inner width.
+        activation: gelu (exact), silu, relu, sigmoid or identity.
+        inner_norm: LayerNorm (eps 1e-5) of both branches before their product.
+        tied: one inner norm for both branches, as the official code has it.
+        proj_drop: dropout of the output; the official unit has none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_features: int,
+        *,
+        activation: GluActivation = "gelu",
+        inner_norm: bool = False,
+        tied: bool = False,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.activation = activation
+        self.fc1 = nn.Linear(dim, hidden_features, **dd)
+        self.fc2 = nn.Linear(dim, hidden_features, **dd)
+        self.norm = nn.LayerNorm(hidden_features, **dd) if inner_norm else None
+        self.norm2 = nn.LayerNorm(hidden_features, **dd) if inner_norm and not tied else None
+        self.fc3 = nn.Linear(hidden_features, dim, **dd)
+        self.drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        norms: dict[str, Any] = {}
+        if self.norm is not None:
+            norms = {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias, "eps": self.norm.eps}
+        if self.norm2 is not None:
+            norms |= {"norm_2_weight": self.norm2.weight, "norm_2_bias": self.norm2.bias}
+        first, second, third = self.fc1, self.fc2, self.fc3
+        y = gated_unit(
+            x, first.weight, first.bias, second.weight, second.bias, third.weight, third.bias,
+            activation=self.activation, **norms,
+        )  # fmt: skip
+        return self.drop(y)

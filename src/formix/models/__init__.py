@@ -1,0 +1,81 @@
+"""Whole networks by name, and their directories on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from formix.design import Design
+
+
+def create_model(
+    name: str | Path, design: str | Design | None = None, *, pretrained: bool = False, **kwargs: Any
+) -> Any:
+    """A model with its blocks in `design`.
+
+    Args:
+        name: a timm VisionTransformer or XCiT name (``"vit_small_patch16_224"``, ``"xcit_small_12_p16_224"``), a
+            published model (``"sima_small_12_p16"``, ``"activator_32_p4"``, ``"relu_vit_small_patch16_224"``;
+            `formix.models.published.PUBLISHED`), a CvT (``"cvt-13"``, ``"cvt-21"``), a text model (``"gpt2"``,
+            ``"gpt2-nano"``, ``"bert-base-uncased"``, ``"bert-mini"``; `formix.models.text.SIZES`), or a directory: one
+            that `formix.save` wrote or a transformers one (BERT, GPT-2), whose weights are carried over.
+        design: a design's name, combination or `Design`; None: the directory's or published model's own, or softmax.
+        pretrained: load timm's published weights (images only; needs a network the first time).
+        **kwargs: for images timm's arguments (num_classes, img_size, patch_size, in_chans, drop_path_rate, ...); for
+            text `task` ("causal-lm", "masked-lm", "sequence-classification", ...) and fields of the transformers
+            config (num_labels, n_layer, hidden_size, vocab_size, ...).
+
+    Raises:
+        ValueError: an unknown name or argument, or a design that the model cannot have.
+    """
+    from formix.models import directory, published, text, vit
+
+    path = Path(name)
+    if (path / "config.json").is_file():
+        if pretrained:
+            raise ValueError("pretrained=True names timm's published weights; a directory brings its own.")
+        return directory.create_from_directory(path, design, **kwargs)
+    if path.is_dir() or "/" in str(name):
+        raise ValueError(f"{str(name)!r} is no directory with a config.json; save a model there first.")
+    if str(name) in published.PUBLISHED:
+        return published.create_published(str(name), design, pretrained=pretrained, **kwargs)
+    if str(name).startswith("xcit_"):
+        from formix.models import xcit
+
+        return xcit.create_xcit(str(name), design, pretrained=pretrained, **kwargs)
+    chosen = "softmax" if design is None else design
+    if str(name).startswith("cvt-"):
+        from formix.models import cvt
+
+        if pretrained:
+            raise ValueError(f"pretrained=True is for timm's names; for {name!r} give the weights' directory instead.")
+        return cvt.create_cvt(str(name), chosen, **kwargs)
+    if str(name) in text.SIZES:
+        if pretrained:
+            raise ValueError(f"pretrained=True is for timm's names; for {name!r} give the weights' directory instead.")
+        return text.create_text_model(str(name), chosen, **kwargs)
+    return vit.create_vit(str(name), chosen, pretrained=pretrained, **kwargs)
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors``; the config holds the design.
+
+    Raises:
+        ValueError: not a model of formix's.
+    """
+    from formix.models.directory import save_directory
+
+    save_directory(model, Path(directory))
+
+
+def load(directory: str | Path) -> Any:
+    """The model that `save` wrote, in evaluation mode, with the same logits.
+
+    Raises:
+        ValueError: not a directory of formix's, a design of a newer version, or weights that do not fit.
+    """
+    from formix.models.directory import load_directory
+
+    return load_directory(Path(directory))

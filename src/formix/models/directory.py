@@ -1,0 +1,154 @@
+"""Models on disk: config.json with the design inside, model.safetensors beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from formix.design import Design
+from formix.models import text, vit
+from formix.models.image import ImageModel
+
+WEIGHTS = "model.safetensors"
+
+
+def save_directory(model: nn.Module, directory: Path) -> None:
+    """See `formix.save`. Each file is written under another name first and renamed when it is complete."""
+    image = isinstance(model, vit._DesignedTrunk | ImageModel)
+    if not image and getattr(getattr(model, "config", None), "design", None) is None:
+        raise ValueError(f"A {type(model).__name__} is no model of formix's; make it with formix.create_model.")
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; a model is saved in a directory.")
+    if not image:
+        model.save_pretrained(directory)  # type: ignore[operator]
+        return
+    described = model.saved_config() if isinstance(model, ImageModel) else vit.config_of(model)
+    for name, argument in described["model_args"].items():
+        try:
+            json.dumps(argument)
+        except TypeError:
+            raise ValueError(
+                f"This model was made with {name}={argument!r}, which no config.json can hold; give it by name."
+            ) from None
+    config = json.dumps(described, indent=2)
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / WEIGHTS, lambda path: save_model(model, str(path), metadata={"format": "pt"}))
+    _replace(directory / "config.json", lambda path: path.write_text(config + "\n"))
+
+
+def load_directory(directory: Path) -> Any:
+    """See `formix.load`."""
+    config = read_config(directory)
+    if not (directory / WEIGHTS).is_file() and not (directory / f"{WEIGHTS}.index.json").is_file():
+        raise ValueError(f"{directory} has a config.json but no {WEIGHTS}; the model was not saved completely.")
+    try:
+        model = _load_image(config, directory) if "architecture" in config else _load_text(config, directory)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / WEIGHTS} is damaged ({error}); save the model again.") from None
+    return model.eval()
+
+
+def create_from_directory(directory: Path, design: str | Design | None, **kwargs: Any) -> Any:
+    """The model in a directory, in another design if one is given, every weight with a place carried over."""
+    config = read_config(directory)
+    if "model_type" in config:
+        return _transformers_family(config).from_directory(directory, design, **kwargs)
+    arguments = {**config["model_args"], **kwargs}
+    if design is not None:
+        arguments["design"] = design
+    model = _entry(config)(**arguments)
+    try:
+        missing, unexpected = load_model(model, str(directory / WEIGHTS), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {directory} do not fit this model: {error}") from None
+    if missing:
+        raise ValueError(
+            f"{directory} has no weights for {len(missing)} parameters of this design ({', '.join(sorted(missing)[:3])}"
+            ", ...): they would stay random. Train the design from scratch or convert the model."
+        )
+    if unexpected:
+        vit._log.warning("weights without a place in this design: %s", ", ".join(sorted(unexpected)))
+    return model
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a formix or transformers directory.
+
+    Raises:
+        ValueError: missing or damaged, or a timm model that is not formix's.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is no model directory: it has no config.json.")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); save the model again.") from None
+    if not isinstance(config, dict) or not ("architecture" in config or "model_type" in config):
+        raise ValueError(f"{path} is no model's config: it has neither 'architecture' nor 'model_type'.")
+    if "architecture" in config and _entry(config) is None:
+        raise ValueError(
+            f"{path} is of timm's {config['architecture']!r}; load it with timm, or create it anew in a design."
+        )
+    if "architecture" in config:
+        if not isinstance(config.get("model_args"), dict) or not isinstance(config.get("pretrained_cfg"), dict):
+            raise ValueError(f"{path} is damaged (it has no model_args or no pretrained_cfg); save the model again.")
+        wanted = {"base", "design"} if config["architecture"] == "formix_vit" else set()
+        if missing := sorted(wanted - set(config["model_args"])):
+            raise ValueError(
+                f"{path} is damaged (its model_args have no {' and no '.join(missing)}); save the model again."
+            )
+    elif str(config["model_type"]).startswith("formix_") and config.get("design") is None:
+        raise ValueError(
+            f"{path} is damaged (it has no design, and without one no model is built); save the model again."
+        )
+    return config
+
+
+def _entry(config: dict[str, Any]) -> Any:
+    """The entry point in timm's registry that builds what the config describes; None if it is not formix's."""
+    from formix.models import timm_registry
+
+    own = {"formix_vit": timm_registry.formix_vit, **timm_registry.ENTRIES}
+    return own.get(str(config["architecture"]))
+
+
+def _load_image(config: dict[str, Any], directory: Path) -> Any:
+    model: Any = _entry(config)(**config["model_args"])
+    model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}
+    try:
+        load_model(model, str(directory / WEIGHTS), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
+    return model
+
+
+def _load_text(config: dict[str, Any], directory: Path) -> Any:
+    if not str(config["model_type"]).startswith("formix_"):
+        raise ValueError(
+            f"{directory} is a transformers {config['model_type']!r} without a design; load it with "
+            f"formix.create_model({str(directory)!r}, design=...)."
+        )
+    try:
+        return _transformers_family(config).from_directory(directory)
+    except RuntimeError as error:  # shapes that differ
+        raise ValueError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
+
+
+def _transformers_family(config: dict[str, Any]) -> Any:
+    """The module that knows the config's model type."""
+    from formix.models import cvt
+
+    return cvt if str(config["model_type"]) in ("cvt", "formix_cvt") else text
+
+
+def _replace(path: Path, write: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)

@@ -1,0 +1,106 @@
+"""What the image models beside the plain ViT share: their description on disk and official checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from formix.design import Design
+
+_log = logging.getLogger("formix")
+# these say how a model is trained or placed, not what it is
+RUNTIME_ARGUMENTS = (
+    "device", "dtype", "weight_init", "drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate",
+    "attn_drop_rate", "patch_drop_rate", "head_bias", "head_zero_init",
+)  # fmt: skip
+
+
+class ImageModel:
+    """A model that its entry point in timm's registry builds again from `architecture` and `arguments`."""
+
+    architecture: str
+    arguments: dict[str, Any]
+    design: Design | None
+
+    def remember(self, architecture: str, arguments: Mapping[str, Any], design: Design | None) -> None:
+        """Keep how the model was asked for."""
+        self.architecture, self.design = architecture, design
+        self.arguments = {k: v for k, v in arguments.items() if k not in RUNTIME_ARGUMENTS and k != "design"}
+
+    def img_size(self: Any) -> tuple[int, int]:
+        """Height and width of the images it is built for."""
+        return tuple(self.patch_embed.img_size)
+
+    def saved_config(self: Any) -> dict[str, Any]:
+        """What config.json says, in timm's own format."""
+        height, width = self.img_size()
+        arguments = {
+            **self.arguments,
+            "num_classes": self.num_classes,
+            "global_pool": self.global_pool,
+            "in_chans": self.in_chans,
+            "img_size": [height, width],
+        }
+        if self.design is not None:
+            arguments["design"] = self.design.to_dict()
+        kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "classifier")
+        cfg = {k: v for k, v in dict(self.pretrained_cfg).items() if k in kept}
+        return {
+            "architecture": self.architecture,
+            "num_classes": self.num_classes,
+            "num_features": self.num_features,
+            "global_pool": self.global_pool,
+            "model_args": arguments,
+            "pretrained_cfg": {**cfg, "input_size": [self.in_chans, height, width]},
+        }
+
+    def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's weights under this model's names; families with several layouts override it."""
+        return state
+
+
+def load_official(model: nn.Module, source: str | Path | Mapping[str, Any], *, ema: bool = False) -> None:
+    """Load a checkpoint of the official code into `model`, every weight in its place (strict=True).
+
+    Args:
+        model: a published model (``sima_small_12_p16``, ``activator_32_p4``, ...).
+        source: a file (.pth, .pt or .safetensors) or what it holds: the weights themselves, or a container with the
+            weights under "model". Files are read with `weights_only=True`; nothing in them is executed.
+        ema: take the container's "model_ema" instead.
+
+    Raises:
+        ValueError: no weights in `source`, or weights that do not fit the model.
+    """
+    state = _weights(source, ema)
+    adapted = model.adapt_checkpoint(dict(state)) if isinstance(model, ImageModel) else dict(state)
+    try:
+        model.load_state_dict(adapted, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"These weights do not fit this model: {error}") from None
+
+
+def _weights(source: str | Path | Mapping[str, Any], ema: bool) -> dict[str, Tensor]:
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"{path} is no file; give a checkpoint of the official code.")
+        if path.suffix == ".safetensors":
+            source = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the containers keep their arguments
+                source = torch.load(path, map_location="cpu", weights_only=True)
+    key = "model_ema" if ema else "model"
+    if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
+        source = source[key]
+    elif ema:
+        raise ValueError("This checkpoint has no 'model_ema'; load it with ema=False.")
+    if not isinstance(source, Mapping) or not source or not all(isinstance(v, Tensor) for v in source.values()):
+        raise ValueError("This is no checkpoint: neither a mapping of names to tensors nor one under 'model'.")
+    return {name.removeprefix("module."): tensor for name, tensor in source.items()}

@@ -1,0 +1,213 @@
+"""Llama-family decoders with blocks of any causal design; parameter names of transformers' Llama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from formix.design import GatedUnit, LayerDesign
+from formix.layers.attention import KeyValue
+from formix.models.hf import (
+    DesignedAttention,
+    DesignedBlock,
+    WithHead,
+    as_boolean,
+    count_tokens,
+    gated_unit_for,
+    layer_designs,
+    linear_rows,
+    no_layers,
+    norms_kept,
+    refuse_attentions,
+    run_layers,
+)
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, N, D]
+
+
+class FormixLlamaConfig(LlamaConfig):
+    """Llama's config and the design of its blocks."""
+
+    model_type = "formix_llama"
+    design: dict | None = None
+    pruned_kv: bool = False  # see formix.models.kv_heads.prune_kv_heads
+
+
+class RMSNorm(LlamaRMSNorm):
+    """w x / sqrt(mean(x^2) + eps), in float32 for 16-bit inputs as transformers has it, and in float64 for float64."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+
+class FormixLlamaAttention(DesignedAttention):
+    """Causal attention of any mixer with Llama's grouped-query projections and rotary positions.
+
+    Query head i reads key/value head i // (H / Hkv). Keys are cached and handed to later layers after the rotation,
+    so under skip wiring a position keeps the rotation of its own place whichever layer reads it.
+    """
+
+    def __init__(self, config: FormixLlamaConfig, layer: LayerDesign) -> None:
+        dim, heads, kv_heads = config.hidden_size, config.num_attention_heads, int(config.num_key_value_heads or 0)
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"num_key_value_heads is {kv_heads}; it must divide num_attention_heads, {heads}.")
+        head_dim, bias = config.head_dim or dim // heads, config.attention_bias
+        super().__init__(
+            layer,
+            config,
+            num_heads=heads,
+            head_dim=head_dim,
+            num_kv_heads=kv_heads,
+            dropout=config.attention_dropout or 0.0,
+            causal=True,
+        )
+        own = len(self.kv_heads.own) * head_dim
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, own, bias=bias)
+        self.v_proj = nn.Linear(dim, own, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        source_kv: KeyValue | None,
+        rotation: Rotation,
+    ) -> tuple[Tensor, KeyValue]:
+        """[B, N, C] -> [B, N, C] and this layer's own rotated keys and values, those in the cache included."""
+        q, k, v = (self.split_heads(linear(x)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(*self.normed(q, k), *rotation)  # [B, H, N, D] and [B, own heads, N, D]
+        out, own = self.mix(x, q, k, v, attention_mask, source_kv, past_key_values)
+        return self.o_proj(out), own
+
+    def keep_kv_channels(self, channels: Tensor) -> None:
+        self.k_proj, self.v_proj = linear_rows(self.k_proj, channels), linear_rows(self.v_proj, channels)
+
+
+class FormixLlamaDecoderLayer(DesignedBlock):
+    """Llama's layer in the order that the design's layout says; `parallel` is PaLM's form with one norm."""
+
+    def __init__(self, config: FormixLlamaConfig, layer: LayerDesign) -> None:
+        super().__init__(layer, "pre")
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        first, second = norms_kept(layer, "pre")
+        gated = isinstance(layer.mixer, GatedUnit)
+        self.layer_idx = layer.index
+        self.self_attn: Any = gated_unit_for(layer, dim, 0.0) if gated else FormixLlamaAttention(config, layer)
+        self.mlp: Any = LlamaMLP(config) if layer.layout.ffn else None
+        self.input_layernorm = RMSNorm(dim, eps=eps) if first else nn.Identity()
+        self.post_attention_layernorm = RMSNorm(dim, eps=eps) if second else nn.Identity()
+
+    def mix(
+        self, x: Tensor, attention_mask: Tensor | None, source_kv: KeyValue | None, past: Any, positions: Any
+    ) -> tuple[Tensor, KeyValue | None]:
+        if isinstance(self.self_attn, FormixLlamaAttention):
+            return self.self_attn(x, attention_mask, past, source_kv, positions)
+        count_tokens(x, past, self.layer_idx)
+        return self.self_attn(x), None
+
+    def feed(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+    def norms(self) -> tuple[Any, Any]:
+        return self.input_layernorm, self.post_attention_layernorm
+
+
+class FormixLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """Initialisation as Llama's; attention weights are never materialised, so `attentions` cannot be returned."""
+
+    config_class = FormixLlamaConfig
+    config: FormixLlamaConfig
+    _no_split_modules = ["FormixLlamaDecoderLayer"]
+    _can_record_outputs = {"hidden_states": FormixLlamaDecoderLayer}
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+
+class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
+    """Llama's trunk with a design's blocks."""
+
+    def __init__(self, config: FormixLlamaConfig) -> None:
+        with no_layers(config):
+            super().__init__(config)
+        self.norm: Any = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layer_designs = layer_designs(config, causal=True)
+        self.layers = nn.ModuleList(FormixLlamaDecoderLayer(config, layer) for layer in self.layer_designs)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As transformers' `LlamaModel.forward`; masks are tokenizer masks [batch, past + tokens] or boolean 4-D."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
+        refuse_attentions(kwargs)
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None  # recomputing a layer would add to the cache again
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        x: Any = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, N, C]
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(x.shape[1], device=x.device)[None] + past
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotation = self.rotary_emb(x, position_ids=position_ids)
+        x = run_layers(self.layers, self.layer_designs, x, as_boolean(mask), rotation, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class FormixLlamaForCausalLM(WithHead, FormixLlamaPreTrainedModel, LlamaForCausalLM):
+    """Language model; the output projection is tied to the token embedding if the config says so."""
+
+    trunk_class = FormixLlamaModel
+
+
+# transformers' generic heads ask AutoModel for the trunk of the config, which is formix's
+class FormixLlamaForSequenceClassification(GenericForSequenceClassification, FormixLlamaPreTrainedModel):
+    """Classification or regression of the last token."""
+
+
+class FormixLlamaForTokenClassification(GenericForTokenClassification, FormixLlamaPreTrainedModel):
+    """Classification of every token."""
+
+
+class FormixLlamaForQuestionAnswering(GenericForQuestionAnswering, FormixLlamaPreTrainedModel):
+    """Start and end of the answer in a text."""

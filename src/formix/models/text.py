@@ -1,0 +1,224 @@
+"""Text models by name: which classes serve which task, and the sizes people ask for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from formix.design import Design
+from formix.design import design as find_design
+from formix.models import bert, gpt2, llama, roberta
+
+_log = logging.getLogger("formix")
+# family -> (config class, {task: model class}); the first task is the default
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt2": (
+        gpt2.FormixGPT2Config,
+        {
+            "causal-lm": gpt2.FormixGPT2LMHeadModel,
+            "sequence-classification": gpt2.FormixGPT2ForSequenceClassification,
+            "token-classification": gpt2.FormixGPT2ForTokenClassification,
+            "question-answering": gpt2.FormixGPT2ForQuestionAnswering,
+            "features": gpt2.FormixGPT2Model,
+        },
+    ),
+    "bert": (
+        bert.FormixBertConfig,
+        {
+            "masked-lm": bert.FormixBertForMaskedLM,
+            "sequence-classification": bert.FormixBertForSequenceClassification,
+            "token-classification": bert.FormixBertForTokenClassification,
+            "question-answering": bert.FormixBertForQuestionAnswering,
+            "multiple-choice": bert.FormixBertForMultipleChoice,
+            "features": bert.FormixBertModel,
+        },
+    ),
+    "roberta": (
+        roberta.FormixRobertaConfig,
+        {
+            "masked-lm": roberta.FormixRobertaForMaskedLM,
+            "sequence-classification": roberta.FormixRobertaForSequenceClassification,
+            "token-classification": roberta.FormixRobertaForTokenClassification,
+            "question-answering": roberta.FormixRobertaForQuestionAnswering,
+            "multiple-choice": roberta.FormixRobertaForMultipleChoice,
+            "features": roberta.FormixRobertaModel,
+        },
+    ),
+    "llama": (
+        llama.FormixLlamaConfig,
+        {
+            "causal-lm": llama.FormixLlamaForCausalLM,
+            "sequence-classification": llama.FormixLlamaForSequenceClassification,
+            "token-classification": llama.FormixLlamaForTokenClassification,
+            "question-answering": llama.FormixLlamaForQuestionAnswering,
+            "features": llama.FormixLlamaModel,
+        },
+    ),
+}
+
+
+def _gpt2(layers: int, width: int, heads: int) -> dict[str, int]:
+    return {"n_layer": layers, "n_embd": width, "n_head": heads}
+
+
+def _bert(layers: int, width: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+    }
+
+
+def _roberta(layers: int, width: int) -> dict[str, Any]:
+    return {**_bert(layers, width), "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+
+
+def _llama(layers: int, width: int, heads: int, kv_heads: int, ffn: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": ffn,
+        "rms_norm_eps": 1e-5,
+        **more,
+    }
+
+
+# name -> (family, config fields); the published sizes, and small ones to try things on
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-nano": ("gpt2", _gpt2(4, 128, 4)),
+    "gpt2-mini": ("gpt2", _gpt2(6, 384, 6)),
+    "gpt2": ("gpt2", _gpt2(12, 768, 12)),
+    "gpt2-medium": ("gpt2", _gpt2(24, 1024, 16)),
+    "gpt2-large": ("gpt2", _gpt2(36, 1280, 20)),
+    "gpt2-xl": ("gpt2", _gpt2(48, 1600, 25)),
+    "bert-tiny": ("bert", _bert(2, 128)),
+    "bert-mini": ("bert", _bert(4, 256)),
+    "bert-small": ("bert", _bert(4, 512)),
+    "bert-medium": ("bert", _bert(8, 512)),
+    "bert-base-uncased": ("bert", _bert(12, 768)),
+    "bert-large-uncased": ("bert", _bert(24, 1024)),
+    "roberta-tiny": ("roberta", _roberta(2, 128)),
+    "roberta-mini": ("roberta", _roberta(4, 256)),
+    "roberta-base": ("roberta", _roberta(12, 768)),
+    "roberta-large": ("roberta", _roberta(24, 1024)),
+    "llama-nano": ("llama", _llama(4, 128, 4, 2, 384)),
+    "llama-mini": ("llama", _llama(6, 384, 6, 2, 1024)),
+    "llama-1.1b": ("llama", _llama(22, 2048, 32, 4, 5632)),  # TinyLlama's
+    "llama-2-7b": ("llama", _llama(32, 4096, 32, 32, 11008, max_position_embeddings=4096)),
+}
+
+
+def create_text_model(
+    name: str, design: str | Design = "softmax", *, task: str | None = None, **config: Any
+) -> PreTrainedModel:
+    """A text model with random weights; `config` holds fields of the family's transformers config.
+
+    Raises:
+        ValueError: unknown task or config field, or a design that the family cannot have (SimA in a decoder).
+    """
+    family, size = SIZES[name]
+    config_class, classes = FAMILIES[family]
+    if "num_classes" in config:
+        config["num_labels"] = config.pop("num_classes")
+    task = task or ("sequence-classification" if "num_labels" in config else next(iter(classes)))
+    model_class = _class_for(family, task)
+    known = set(config_class().to_dict()) | set(config_class.attribute_map) | {"num_labels", "problem_type"}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise ValueError(f"{', '.join(map(repr, unknown))}: no field of {config_class.__name__}.")
+    canonical = {config_class.attribute_map.get(k, k): v for k, v in (size | config).items()}
+    vocabulary = canonical.get("vocab_size", config_class().vocab_size)
+    for token in ("bos_token_id", "eos_token_id"):  # GPT-2's own lie outside a smaller vocabulary
+        if (getattr(config_class(), token, None) or 0) >= vocabulary:
+            canonical.setdefault(token, None)
+    return model_class(config_class(**canonical, design=find_design(design).to_dict()))
+
+
+def from_directory(
+    directory: Path, design: str | Design | None = None, *, task: str | None = None, **config: Any
+) -> PreTrainedModel:
+    """A transformers directory (BERT, RoBERTa, GPT-2 or Llama, or one that formix saved) with its weights, in `design`.
+
+    With `design`, every weight that has a place is carried over and the others are announced in the log. Nothing in
+    a stock directory says which wiring its weights were trained with, so a PAF checkpoint in RoBERTa's layout needs
+    ``design("paf", official=True)`` here.
+
+    Raises:
+        ValueError: a family that formix does not know, a design with weights that the directory does not have, or
+            one other than the wiring that a pruned directory was pruned for.
+    """
+    stored = json.loads((directory / "config.json").read_text())
+    family = str(stored.get("model_type", "")).removeprefix("formix_")
+    if family not in FAMILIES:
+        raise ValueError(f"{directory} has model_type {family!r}; formix knows {', '.join(FAMILIES)}.")
+    config_class, classes = FAMILIES[family]
+    own_task = task is None and not config
+    if task is None:
+        heads = [name.removeprefix("Formix") for name in stored.get("architectures") or []]
+        task = next((t for t, c in classes.items() if c.__name__.removeprefix("Formix") in heads), next(iter(classes)))
+    if "num_classes" in config:
+        config["num_labels"] = config.pop("num_classes")
+    source = AutoConfig.from_pretrained(directory, local_files_only=True)
+    chosen = find_design(design if design is not None else stored.get("design") or "softmax")
+    if stored.get("pruned_kv") and chosen != find_design(stored["design"]):
+        raise ValueError(
+            f"{directory} was pruned for its own skip wiring and lacks projections that another design reads; "
+            "start from the directory that was pruned."
+        )
+    fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "design")}
+    new_config = config_class(**(fields | config), design=chosen.to_dict())
+    model, report = _class_for(family, task).from_pretrained(
+        directory, config=new_config, local_files_only=True, output_loading_info=True
+    )
+    missing = report["missing_keys"]
+    as_saved = own_task and design is None and str(stored["model_type"]).startswith("formix_")
+    # a new task brings a new head; a directory loaded as it was saved must bring every weight
+    body = list(missing) if as_saved else [k for k in missing if f".{_LAYERS[family]}." in f".{k}"]
+    if body:
+        raise ValueError(
+            f"{directory} has no weights for {len(body)} parameters of this design ({', '.join(sorted(body)[:3])}, ...)"
+            ": they would stay random. Train the design from scratch or convert the model."
+        )
+    homeless = [k for k in report["unexpected_keys"] if f".{_LAYERS[family]}." in f".{k}"]
+    if homeless:
+        _log.warning("weights without a place in this design: %s", ", ".join(sorted(homeless)))
+    return model
+
+
+_LAYERS = {"gpt2": "h", "bert": "layer", "roberta": "layer", "llama": "layers"}  # the path of a family's layers
+
+
+def _class_for(family: str, task: str) -> Any:
+    classes = FAMILIES[family][1]
+    if task not in classes:
+        raise ValueError(f"task is {task!r}; {family} models do {', '.join(classes)}.")
+    return classes[task]
+
+
+def _register() -> None:
+    """Make transformers' Auto classes know formix's model types; runs when this module has been imported."""
+    import transformers as hf
+
+    autos = {
+        "causal-lm": hf.AutoModelForCausalLM,
+        "masked-lm": hf.AutoModelForMaskedLM,
+        "sequence-classification": hf.AutoModelForSequenceClassification,
+        "token-classification": hf.AutoModelForTokenClassification,
+        "question-answering": hf.AutoModelForQuestionAnswering,
+        "multiple-choice": hf.AutoModelForMultipleChoice,
+        "features": hf.AutoModel,
+    }
+    for config_class, classes in FAMILIES.values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for task, model_class in classes.items():
+            autos[task].register(config_class, model_class, exist_ok=True)
+
+
+_register()

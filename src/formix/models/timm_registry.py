@@ -1,0 +1,63 @@
+"""formix's entries in timm's model registry, made when this module is imported.
+
+The entry points import the models only when called: timm is still being imported when they are registered.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+
+from formix.models.published import IMAGENET, PUBLISHED
+
+__all__ = ["formix_vit"]
+
+default_cfgs = generate_default_cfgs(
+    {
+        "formix_vit": {"url": "", "input_size": (3, 224, 224), "num_classes": 1000},
+        "formix_xcit": {"url": "", "input_size": (3, 224, 224), "num_classes": 1000, "classifier": "head", **IMAGENET},
+        **{name: published.cfg for name, published in PUBLISHED.items()},
+    }
+)
+
+
+@register_model
+def formix_vit(pretrained: bool = False, **kwargs: Any) -> Any:
+    """``timm.create_model("formix_vit", base="vit_small_patch16_224", design="relu")``, and what
+    ``timm.create_model("local-dir:DIR", pretrained=True)`` calls for a directory that `formix.save` wrote."""
+    from formix.models.vit import build_for_timm
+
+    return build_for_timm(pretrained=pretrained, **kwargs)
+
+
+def _entry(name: str, module: str) -> Callable[..., Any]:
+    """An entry point that has `module` build the model; timm adds its checkpoint and feature handling."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> Any:
+        from timm.models import build_model_with_cfg
+
+        return build_model_with_cfg(
+            functools.partial(importlib.import_module(module).build, name),
+            name,
+            pretrained,
+            feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+            pretrained_filter_fn=lambda state, model: model.adapt_checkpoint(state),
+            **kwargs,
+        )
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = __name__  # timm looks for the default_cfgs in the entry point's module
+    entry.__doc__ = f"The model {name} of {module}."
+    return entry
+
+
+ENTRIES = {
+    "formix_xcit": _entry("formix_xcit", "formix.models.xcit"),
+    **{name: _entry(name, published.module) for name, published in PUBLISHED.items()},
+}
+for _function in ENTRIES.values():
+    register_model(_function)

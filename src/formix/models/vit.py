@@ -1,0 +1,246 @@
+"""Vision Transformers: timm's trunk with formix's blocks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_pretrained
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from formix.design import Design
+from formix.design import design as find_design
+from formix.layers import Block as FormixBlock
+from formix.layers import BlockStack
+
+_log = logging.getLogger("formix")
+# how a model was asked for, kept to write its config.json; these arguments say nothing about the saved model
+_RUNTIME_ARGUMENTS = ("device", "dtype", "weight_init", "drop_rate", "drop_path_rate", "pos_drop_rate")
+
+
+class _DesignedTrunk:
+    """What a timm trunk needs to run a `BlockStack`: all other methods stay timm's."""
+
+    design: Design
+    base: str  # timm's name of the trunk
+    arguments: dict[str, Any]  # what it was created with
+
+    def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, C, H, W] -> normalised tokens [B, N, C]."""
+        return self.norm(self.blocks(self._tokens(x), attn_mask, is_causal))
+
+    def forward_intermediates(
+        self: Any,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's `VisionTransformer.forward_intermediates`."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; it must be 'NCHW' or 'NLC'.")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        taken: dict[int, Tensor] = dict.fromkeys(take, x)
+        grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        final = self.blocks(self._tokens(x), attn_mask, is_causal, taken, last if stop_early else None)
+        outputs = [self.norm(taken[i]) if norm else taken[i] for i in sorted(set(take))]  # [B, prefix + N, C]
+
+        prefix = [y[:, : self.num_prefix_tokens] for y in outputs] if self.num_prefix_tokens else None
+        outputs = [y[:, self.num_prefix_tokens :] for y in outputs]
+        if output_fmt == "NCHW":
+            outputs = [y.transpose(1, 2).unflatten(2, tuple(grid)).contiguous() for y in outputs]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": outputs}
+            if prefix is not None and return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefix
+            return result if intermediates_only else result | {"image_features": self.norm(final)}
+        if prefix is not None and return_prefix_tokens:
+            outputs = list(zip(outputs, prefix, strict=True))
+        return outputs if intermediates_only else (self.norm(final), outputs)
+
+    def set_grad_checkpointing(self: Any, enable: bool = True) -> None:
+        """Recompute activations block by block in the backward pass."""
+        self.blocks.grad_checkpointing = enable
+        if hasattr(self.patch_embed, "set_grad_checkpointing"):
+            self.patch_embed.set_grad_checkpointing(enable)
+
+    def prune_intermediate_layers(
+        self: Any, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's: drop the blocks above the last index, and the norm or the head if asked."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]  # a slice of a BlockStack is a BlockStack
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return take
+
+    def fix_init_weight(self: Any) -> None:
+        """timm's scaling of the last weights of both branches by 1 / sqrt(2 layer), where a block has them."""
+        with torch.no_grad():
+            for i, block in enumerate(self.blocks):
+                last = block.attn.proj if hasattr(block.attn, "proj") else block.attn.fc3
+                last.weight.div_((2.0 * (i + 1)) ** 0.5)
+                if block.mlp is not None:
+                    block.mlp.fc2.weight.div_((2.0 * (i + 1)) ** 0.5)
+
+    def _tokens(self: Any, x: Tensor) -> Tensor:
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))  # [B, N, C]
+
+
+class FormixVisionTransformer(_DesignedTrunk, VisionTransformer):  # type: ignore[misc]
+    """timm's `VisionTransformer` with blocks of a `Design`; the same parameter names, methods and heads."""
+
+
+class FormixVisionTransformerDistilled(_DesignedTrunk, VisionTransformerDistilled):  # type: ignore[misc]
+    """timm's distilled DeiT with blocks of a `Design`."""
+
+
+_CLASSES: dict[type, type] = {
+    VisionTransformer: FormixVisionTransformer,
+    VisionTransformerDistilled: FormixVisionTransformerDistilled,
+}
+
+
+class _BlockArguments(nn.Identity):
+    """Stands where a block will be and remembers what timm would build it with."""
+
+    def __init__(self, depth: int = 0, attn_layer: Any = None, **arguments: Any) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def create_vit(
+    name: str, design: str | Design = "softmax", *, pretrained: bool = False, **kwargs: Any
+) -> FormixVisionTransformer:
+    """timm's model `name` with its blocks in `design`; `kwargs` go to timm (img_size, patch_size, in_chans, ...).
+
+    A design that mixes no tokens (Activator) leaves a class token untouched by the image, so such models pool by
+    the mean of the tokens unless told otherwise.
+
+    Raises:
+        ValueError: `name` is not a VisionTransformer of timm's with its plain block, or the design does not fit.
+    """
+    chosen = find_design(design)
+    probe = _probe(name, kwargs)
+    depth = len(probe.blocks)
+    layers = [chosen.layer(i, depth) for i in range(depth)]
+    if not chosen.mixes_tokens(depth):
+        if isinstance(probe, VisionTransformerDistilled):
+            raise ValueError(
+                f"{name!r} reads two tokens of its own, and this design mixes no tokens: no image gets there."
+            )
+        if kwargs.get("global_pool") == "token":
+            raise ValueError("global_pool is 'token', but this design mixes no tokens: pool by 'avg' instead.")
+        if probe.global_pool == "token":
+            _log.warning("%s: the design mixes no tokens, so the classifier pools by 'avg' and not by 'token'", name)
+            kwargs = {**kwargs, "global_pool": "avg"}
+
+    init = kwargs.get("weight_init", "")
+    model: Any = timm.create_model(name, **{**kwargs, "block_fn": _BlockArguments, "weight_init": "skip"})
+    model.__class__ = _CLASSES[type(model)]  # the trunk is timm's own in all but how it runs the blocks
+    model.design, model.base = chosen, name
+    model.arguments = {k: v for k, v in kwargs.items() if k not in _RUNTIME_ARGUMENTS}
+    blocks = [FormixBlock(**b.arguments, design=layer) for b, layer in zip(model.blocks, layers, strict=True)]
+    model.blocks = BlockStack(*blocks)
+    if init != "skip":
+        model.weight_init_mode = init
+        model.init_weights(needs_reset=False)
+    if pretrained:
+        _carry_over(timm.create_model(name, pretrained=True, **kwargs), model)
+    return model
+
+
+def _probe(name: str, kwargs: dict[str, Any]) -> Any:
+    """The model that timm would build, without weights, checked to be one whose blocks can be replaced."""
+    if "block_fn" in kwargs or "attn_layer" in kwargs:
+        raise ValueError("block_fn and attn_layer are what the design decides; leave them out.")
+    try:
+        probe: Any = timm.create_model(name, **{**kwargs, "device": "meta"})
+    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"timm cannot build {name!r} with {kwargs}: {error}") from None
+    if type(probe) not in _CLASSES:
+        raise ValueError(
+            f"{name!r} is a {type(probe).__name__}; formix knows the blocks of timm's VisionTransformer names, "
+            "such as 'vit_small_patch16_224' or 'deit_tiny_patch16_224'."
+        )
+    block = probe.blocks[0]
+    if type(block) is not Block or type(block.attn) is not Attention:
+        own = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
+        raise ValueError(f"{name!r} has blocks of its own ({own}); choose a VisionTransformer with timm's plain Block.")
+    return probe
+
+
+def _carry_over(source: nn.Module, model: nn.Module) -> None:
+    """Load the source's weights, all that have a place; refuse if a weight of the model would stay random."""
+    result = model.load_state_dict(source.state_dict(), strict=False)
+    if result.missing_keys:
+        raise ValueError(
+            f"pretrained=True leaves {len(result.missing_keys)} weights of this design random "
+            f"({', '.join(result.missing_keys[:3])}, ...); load a checkpoint of this design instead."
+        )
+    if result.unexpected_keys:
+        _log.warning("pretrained weights without a place in this design: %s", ", ".join(result.unexpected_keys))
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """What config.json says of a model, in timm's own format; the architecture is formix's, so that no loader can
+    mistake it for the softmax model."""
+    arguments = {
+        **model.arguments,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "in_chans": model.in_chans,
+        "img_size": list(model.patch_embed.img_size),
+    }
+    if not isinstance(model.norm, nn.Identity) or not isinstance(model.fc_norm, nn.Identity):
+        arguments["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
+    cfg = dict(model.pretrained_cfg)
+    kept = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "classifier")
+    pretrained_cfg = {k: cfg[k] for k in kept if k in cfg}
+    pretrained_cfg["input_size"] = [model.in_chans, *model.patch_embed.img_size]
+    return {
+        "architecture": "formix_vit",
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        "model_args": {"base": model.base, "design": model.design.to_dict(), **arguments},
+        "pretrained_cfg": pretrained_cfg,
+    }
+
+
+def build_for_timm(pretrained: bool = False, **kwargs: Any) -> FormixVisionTransformer | FeatureGetterNet:
+    """`create_vit` with the arguments that timm's factory passes; `base` and `design` are in a saved config.json."""
+    source = kwargs.pop("pretrained_cfg", None)
+    for name in ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"):
+        kwargs.pop(name, None)
+    if pretrained and "design" not in kwargs:
+        raise ValueError("pretrained=True needs the design that the weights were trained in; the config has none.")
+    base, design = kwargs.pop("base", "vit_small_patch16_224"), kwargs.pop("design", "softmax")
+    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
+    model: Any = create_vit(base, design, **kwargs)
+    if source:
+        known = source if isinstance(source, dict) else source.to_dict()
+        model.pretrained_cfg = {**model.pretrained_cfg, **known}
+    if pretrained:
+        load_pretrained(
+            model,
+            pretrained_cfg=model.pretrained_cfg,
+            num_classes=model.num_classes,
+            in_chans=model.in_chans,
+            filter_fn=checkpoint_filter_fn,  # position embeddings of another image size
+        )
+    return FeatureGetterNet(model, out_indices=indices) if features else model

@@ -1,0 +1,105 @@
+"""SimA: attention with l1-normalised queries and keys, and no softmax."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from formix.ops.masks import autocast_inputs, check_qkv, without_autocast
+from formix.ops.registry import NO_KERNELS, choose, native_module
+
+ORDERS = ("auto", "qk_v", "q_kv", "fused")
+
+
+def l1_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    order: str = "auto",
+    eps: float = 1e-12,
+    impl: str = "auto",
+) -> Tensor:
+    """O = Q^ K^^T V with Q^ = Q / max(||Q||_1, eps) and K^ likewise, the norms over the tokens, one for every
+    channel of every head ("SimA: Simple Softmax-free Attention for Vision Transformers", arXiv 2206.08898, eq. 4).
+
+    There is no scale and no causal form: the norms run over all tokens.
+
+    Args:
+        query: [B, H, Nq, D]; key: [B, H, Nk, D]; value: [B, H, Nk, Dv]; any strides.
+        key_padding_mask: boolean [B, Nk], True = a token, False = padding. Padding counts in no norm and no sum;
+            in self-attention (Nq = Nk) the padded queries are left out too and give 0, so that the result on the
+            tokens is that of the unpadded input.
+        order: "qk_v" forms the Nq x Nk weights; "q_kv" the D x Dv product K^^T V; "fused" is the second with both
+            norms folded into one factor per channel, Q diag(c) (K^T V); "auto" takes "qk_v" when it is the cheaper
+            one (few tokens, wide heads) and "fused" otherwise. They differ by rounding only.
+        eps: lower bound of every norm; a channel of zeros stays zero.
+        impl: "auto", "reference", "native" or "triton". The native kernels know the fused order only.
+
+    Returns:
+        [B, H, Nq, Dv] in query's dtype; norms and the fused order are computed in float32 for 16-bit inputs.
+
+    Raises:
+        ValueError: shapes, dtypes, a float mask, an unknown order, or an `impl` that cannot run this call.
+    """
+    query, key, value = autocast_inputs(query, key, value)
+    check_qkv(query, key, value)
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; it must be one of {', '.join(map(repr, ORDERS))}.")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; it must be above 0.")
+    _check_padding(key_padding_mask, key)
+    native = native_module()
+    if native is None:
+        refusal: str | None = NO_KERNELS
+    elif order in ("qk_v", "q_kv"):
+        refusal = f"the kernels know the fused order only, not {order!r}"
+    elif eps < 1e-18:
+        refusal = f"eps is {eps}, and the kernels' factor 1 / eps^2 must not leave float32's range (eps >= 1e-18)"
+    else:
+        refusal = native.cannot_run_l1(query, key, value, key_padding_mask)
+    if choose("l1_attention", impl, refusal) == "native":
+        return native.l1_attention(query, key, value, key_padding_mask=key_padding_mask, eps=eps)  # type: ignore[union-attr]
+    if order == "auto":
+        order = choose_order(query, key, value)
+    with without_autocast(query):
+        return _reference(query, key, value, key_padding_mask, order, eps)
+
+
+def choose_order(query: Tensor, key: Tensor, value: Tensor) -> Literal["qk_v", "fused"]:
+    """The order with fewer products: Nq Nk (D + Dv) against (Nq + Nk) D Dv; for Nq = Nk and D = Dv, N < D."""
+    n_q, n_k, d, d_v = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
+    return "qk_v" if n_q * n_k * (d + d_v) < (n_q + n_k) * d * d_v else "fused"
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, order: str, eps: float) -> Tensor:
+    dtype = q.dtype
+    if padding is not None:
+        token = padding[:, None, :, None]  # [B, 1, Nk, 1]
+        k, v = k.masked_fill(~token, 0.0), v.masked_fill(~token, 0.0)
+        if q.shape[2] == k.shape[2]:
+            q = q.masked_fill(~token, 0.0)
+    compute = torch.promote_types(dtype, torch.float32)
+    c_q = 1 / q.to(compute).abs().sum(-2, keepdim=True).clamp(min=eps)  # [B, H, 1, D]
+    c_k = 1 / k.to(compute).abs().sum(-2, keepdim=True).clamp(min=eps)
+    if order == "fused":
+        k_v = k.to(compute).transpose(-2, -1) @ v.to(compute)  # [B, H, D, Dv]
+        return (q.to(compute) @ (c_q.transpose(-2, -1) * (c_k.transpose(-2, -1) * k_v))).to(dtype)
+    q, k = (q * c_q).to(dtype), (k * c_k).to(dtype)
+    return (q @ k.transpose(-2, -1)) @ v if order == "qk_v" else q @ (k.transpose(-2, -1) @ v)
+
+
+def _check_padding(mask: Tensor | None, key: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"key_padding_mask is a {type(mask).__name__}; pass a boolean tensor, True = a token.")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"key_padding_mask has dtype {mask.dtype}; pass a boolean mask, True = a token.")
+    if mask.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"key_padding_mask has shape {list(mask.shape)}; it must be [B, Nk] = {[key.shape[0], key.shape[2]]}."
+        )

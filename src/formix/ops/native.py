@@ -1,0 +1,320 @@
+"""The CPU kernels of native/ as PyTorch operators: `torch.ops.formix.pointwise_attention` and `l1_attention`, with
+shapes for tracing, gradients and autocast. Their gradients are computed by kernels too; the gradient of a gradient is
+computed by the plain-torch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formix.ops.native_library import L1, POINTWISE, available, isas, library, set_isa
+
+__all__ = [
+    "available",
+    "cannot_run_l1",
+    "cannot_run_pointwise",
+    "isas",
+    "l1_attention",
+    "pointwise_attention",
+    "set_isa",
+]
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FormixType
+_ACTIVATIONS = {  # FormixActivation
+    name: number
+    for number, name in enumerate(
+        ("relu", "relu2", "gelu", "gelu_erf", "softplus", "identity", "relu6", "sigmoid", "sigmoid_bias")
+    )
+}
+_MAX_CHANNELS = 256
+_NO_TENSOR, _NO_MASK = (0,) * 4, (0,) * 5
+
+
+def cannot_run_pointwise(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> str | None:
+    """Why the kernels cannot run this pointwise attention, or None if they can."""
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        return f"the mask is {attn_mask.dtype}, and the kernels take boolean masks"
+    return _cannot_run(query, key, value, attn_mask)
+
+
+def cannot_run_l1(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> str | None:
+    """Why the kernels cannot run this l1 attention, or None if they can."""
+    return _cannot_run(query, key, value, key_padding_mask)
+
+
+_USABLE = available()  # once and here: torch.compile cannot trace the search for the library
+
+
+def _cannot_run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    usable, reason = _USABLE
+    if not usable:
+        return reason
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("mask", mask)):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device}, and the kernels run on the CPU"
+        if name == "mask":
+            continue
+        if tensor.dtype not in _TYPES:
+            return f"{name} is {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
+        if tensor.dtype != query.dtype and not torch.is_autocast_enabled("cpu"):
+            return f"query is {query.dtype} and {name} is {tensor.dtype}"
+        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+            return f"the channels of {name} are not contiguous"
+        if tensor.shape[-1] > _MAX_CHANNELS:
+            return f"{name} has {tensor.shape[-1]} channels for each head, and the kernels take at most {_MAX_CHANNELS}"
+    return None
+
+
+def pointwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    activation: str = "relu",
+    length_exponent: float = 1.0,
+    length: int | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """O = L^-a h(Q K^T scale) V (arXiv 2309.08586); see `formix.ops.pointwise_attention`.
+
+    `enable_gqa` changes nothing here: the heads of query and key say it. With "sigmoid_bias", a is 0 as a rule.
+
+    Returns:
+        [B, H, Nq, Dv], in memory [B, Nq, H, Dv]: transposing and joining the heads copies nothing.
+    """
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    return torch.ops.formix.pointwise_attention(
+        query, key, value, attn_mask, activation, float(length_exponent), length, is_causal, float(scale)
+    )
+
+
+def l1_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None, eps: float = 1e-12
+) -> Tensor:
+    """O = Q diag(c) K^T V, c_j = 1 / (max(|q_:j|_1, eps) max(|k_:j|_1, eps)) (SimA, arXiv 2206.08898); see
+    `formix.ops.l1_attention`.
+
+    Returns:
+        [B, H, Nq, Dv], in memory [B, Nq, H, Dv].
+    """
+    return torch.ops.formix.l1_attention(query, key, value, key_padding_mask, eps)
+
+
+# ---------------------------------------------------------------------------------------------- calling the kernels
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty [B, H, N, D] that lies in memory as [B, N, H, D]."""
+    b, h, n, d = shape
+    return like.new_empty((b, n, h, d)).transpose(1, 2)
+
+
+def _tensor(t: Tensor) -> tuple[int, int, int, int]:
+    b, h, n, _ = t.stride()
+    return t.data_ptr(), b, h, n
+
+
+def _call(function: Callable[[bytes], int], arguments: bytes) -> None:
+    if function(arguments):
+        raise MemoryError("The attention kernels could not allocate their working memory.")
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+
+
+def _pointwise_arguments(
+    tensors: list[Tensor | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    activation: str,
+    length_exponent: float,
+    length: int | None,
+    is_causal: bool,
+    scale: float,
+) -> bytes:
+    b, h, n_q, d = query.shape
+    h_kv, n_k, d_v = value.shape[1:]
+    mask: tuple[int, ...] = _NO_MASK
+    if attn_mask is not None:
+        expanded = attn_mask.expand(b, h, n_q, n_k)
+        mask = (attn_mask.data_ptr(), *expanded.stride())
+    out, *gradients = ((_NO_TENSOR if t is None else _tensor(t)) for t in tensors)
+    return POINTWISE.pack(
+        *(b, h, h_kv, n_q, n_k, d, d_v),
+        *(_TYPES[query.dtype], _ACTIVATIONS[activation], is_causal, torch.get_num_threads()),
+        *(-1 if length is None else length, scale, length_exponent),
+        *(*_tensor(query), *_tensor(key), *_tensor(value), *out, *mask),
+        *(number for gradient in gradients for number in gradient),
+    )
+
+
+def _pointwise_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    out = _empty(query, (*query.shape[:3], value.shape[-1]))
+    if value.shape[2] == 0:
+        return out.zero_()
+    if out.numel():
+        arguments = _pointwise_arguments([out, None, None, None, None], query, key, value, *options)
+        _call(library().formix_pointwise_forward, arguments)
+    return out
+
+
+def _pointwise_backward_cpu(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = [_empty(t, t.shape) for t in (query, key, value)]
+    if query.numel() and value.numel():
+        grad_out = _dense(grad_out.to(query.dtype))  # a new tensor must outlive the call
+        arguments = _pointwise_arguments([None, grad_out, *gradients], query, key, value, *options)
+        _call(library().formix_pointwise_backward, arguments)
+    else:
+        for gradient in gradients:
+            gradient.zero_()
+    return gradients[0], gradients[1], gradients[2]
+
+
+def _l1_arguments(
+    tensors: list[Tensor | None], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, eps: float
+) -> bytes:
+    b, h, n_q, d = query.shape
+    n_k, d_v = value.shape[2:]
+    strides: tuple[int, ...] = _NO_MASK
+    if mask is not None:
+        by_batch, by_token = mask.expand(b, n_k).stride()
+        strides = (mask.data_ptr(), by_batch, 0, 0, by_token)
+    out, *gradients = ((_NO_TENSOR if t is None else _tensor(t)) for t in tensors)
+    return L1.pack(
+        *(b, h, n_q, n_k, d, d_v, _TYPES[query.dtype], torch.get_num_threads(), eps),
+        *(*_tensor(query), *_tensor(key), *_tensor(value), *out, *strides, mask is not None and n_q == n_k),
+        *(number for gradient in gradients for number in gradient),
+    )
+
+
+def _l1_cpu(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, eps: float) -> Tensor:
+    out = _empty(query, (*query.shape[:3], value.shape[-1]))
+    if out.numel():
+        tensors = [out, None, None, None, None]
+        _call(library().formix_l1_forward, _l1_arguments(tensors, query, key, value, key_padding_mask, eps))
+    return out
+
+
+def _l1_backward_cpu(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = [_empty(t, t.shape) for t in (query, key, value)]
+    if query.numel() and value.numel():
+        grad_out = _dense(grad_out.to(query.dtype))
+        tensors = [None, grad_out, *gradients]
+        _call(library().formix_l1_backward, _l1_arguments(tensors, query, key, value, key_padding_mask, eps))
+    else:
+        for gradient in gradients:
+            gradient.zero_()
+    return gradients[0], gradients[1], gradients[2]
+
+
+# ------------------------------------------------------------------------------------- operators, gradients, autocast
+
+
+def _pointwise_reference(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    from formix.ops.pointwise import pointwise_attention as attention
+
+    mask, activation, length_exponent, length, is_causal, scale = options
+    return attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        activation=activation,
+        length_exponent=length_exponent,
+        length=length,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        impl="reference",
+    )
+
+
+def _l1_reference(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, eps: float) -> Tensor:
+    from formix.ops.l1 import l1_attention as attention
+
+    return attention(query, key, value, key_padding_mask=key_padding_mask, order="fused", eps=eps, impl="reference")
+
+
+def _register(name: str, options: str, forward: Any, backward: Any, reference: Any) -> None:
+    """Defines formix::name and formix::name_backward; `options` is the schema of what follows query, key and value."""
+    qkv = "Tensor query, Tensor key, Tensor value"
+    _library.define(f"{name}({qkv}, {options}) -> Tensor")
+    _library.define(f"{name}_backward(Tensor grad_out, {qkv}, {options}) -> (Tensor, Tensor, Tensor)")
+    _library.impl(name, forward, "CPU")
+    _library.impl(f"{name}_backward", backward, "CPU")
+    op = getattr(torch.ops.formix, name).default
+    backward_op = getattr(torch.ops.formix, f"{name}_backward").default
+
+    @torch.library.register_fake(f"formix::{name}", lib=_library)
+    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        return _empty(query, (*query.shape[:3], value.shape[-1]))
+
+    @torch.library.register_fake(f"formix::{name}_backward", lib=_library)
+    def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return tuple(_empty(t, t.shape) for t in (query, key, value))
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+
+    def restore(ctx: Any) -> list[Any]:
+        tensors = iter(ctx.saved_tensors)
+        return [next(tensors) if there else x for there, x in zip(ctx.is_tensor, ctx.others, strict=True)]
+
+    def differentiate(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        inputs = restore(ctx)
+        gradients = backward_op(grad_out, *inputs)
+        return *gradients, *[None] * (len(inputs) - 3)
+
+    def differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # The gradient of (grad_out, q, k, v) -> (dq, dk, dv), by plain torch: the kernels have no such formula.
+        (
+            grad_out,
+            *qkv,
+        ) = [x.detach().requires_grad_() for x in restore(ctx)[:4]]
+        rest = restore(ctx)[4:]
+        with torch.enable_grad():
+            first = torch.autograd.grad(reference(*qkv, *rest), qkv, grad_out, create_graph=True)
+            pairs = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None and f.requires_grad]
+            second = torch.autograd.grad(
+                [f for f, _ in pairs], [grad_out, *qkv], [g for _, g in pairs], allow_unused=True
+            )
+        return *second, *[None] * len(rest)
+
+    torch.library.register_autograd(f"formix::{name}", differentiate, setup_context=save, lib=_library)
+    torch.library.register_autograd(f"formix::{name}_backward", differentiate_twice, setup_context=save, lib=_library)
+
+    def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+            return op(query.to(dtype), key.to(dtype), value.to(dtype), *rest)
+
+    _library.impl(name, autocast, "AutocastCPU")
+
+
+_library = torch.library.Library("formix", "DEF")  # keeps the registrations alive
+_register(
+    "pointwise_attention",
+    "Tensor? attn_mask, str activation, float length_exponent, SymInt? length, bool is_causal, float scale",
+    _pointwise_cpu,
+    _pointwise_backward_cpu,
+    _pointwise_reference,
+)
+_register("l1_attention", "Tensor? key_padding_mask, float eps", _l1_cpu, _l1_backward_cpu, _l1_reference)

@@ -1,0 +1,103 @@
+"""The shared library of CPU kernels (native/): found, loaded, and its instruction sets."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import sys
+from pathlib import Path
+
+NAME = "formix_native.so"
+
+# struct.pack formats of the structures in native/formix.h
+_TENSOR, _MASK = "P3q", "P4q"
+POINTWISE = struct.Struct("@12q2d" + 4 * _TENSOR + _MASK + 4 * _TENSOR)
+L1 = struct.Struct("@8qd" + 4 * _TENSOR + _MASK + "q" + 4 * _TENSOR)
+
+
+class UnavailableError(RuntimeError):
+    """The kernels cannot be used at all; the message says why."""
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | UnavailableError:
+    path = _path()
+    if path is None:
+        return UnavailableError(
+            f"{NAME} is not in this installation of formix: it was installed without a C++17 compiler "
+            "(install one, for example g++, and reinstall formix)"
+        )
+    import torch  # noqa: F401  (its OpenMP runtime must be in the process before the kernels look for one)
+
+    try:
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            if "GOMP" not in str(error):
+                raise
+            # a torch without GNU OpenMP: let the kernels have the system's
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return UnavailableError(f"{path} cannot be loaded: {error}")
+    for name in ("formix_isa", "formix_isa_name", "formix_isa_reason"):
+        getattr(library, name).restype = ctypes.c_char_p
+    wanted = os.environ.get("FORMIX_ISA", "auto")
+    if library.formix_set_isa(wanted.encode()):
+        known = {**_isas(library), "auto": ""}
+        why = known.get(wanted, f"the names are {', '.join(known)}")
+        return UnavailableError(f"FORMIX_ISA={wanted} cannot be used: {why}")
+    return library
+
+
+def _path() -> Path | None:
+    # an editable install keeps the library beside its own record of the package, not in the source tree
+    for directory in sys.modules["formix"].__path__:
+        path = Path(directory) / NAME
+        if path.exists():
+            return path
+    return None
+
+
+def _isas(library: ctypes.CDLL) -> dict[str, str]:
+    return {
+        library.formix_isa_name(i).decode(): library.formix_isa_reason(i).decode()
+        for i in range(library.formix_isa_count())
+    }
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        UnavailableError: it is not installed or cannot run here.
+    """
+    loaded = _loaded()
+    if isinstance(loaded, UnavailableError):
+        raise loaded
+    return loaded
+
+
+def available() -> tuple[bool, str]:
+    """(True, the instruction set in use), or (False, the reason in one sentence)."""
+    loaded = _loaded()
+    return (False, str(loaded)) if isinstance(loaded, UnavailableError) else (True, loaded.formix_isa().decode())
+
+
+def isas() -> dict[str, str]:
+    """Every instruction set that formix has kernels for, best first -> "" if it runs here, else why not."""
+    loaded = _loaded()
+    return {} if isinstance(loaded, UnavailableError) else _isas(loaded)
+
+
+def set_isa(name: str) -> None:
+    """Uses the kernels of one instruction set from now on in this process; "auto" is the best one.
+
+    Raises:
+        ValueError: it cannot run here.
+    """
+    if library().formix_set_isa(name.encode()):
+        why = isas().get(name, f"the names are {', '.join(isas())} and auto")
+        raise ValueError(f"The kernels for {name!r} cannot be used: {why}.")

@@ -1,0 +1,110 @@
+"""Which implementation of which operator can run here, and the one that a call gets."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+Impl = Literal["auto", "reference", "native", "triton"]
+IMPLS = ("auto", "reference", "native", "triton")
+# operators with more than the reference; the others are compositions of these and of torch's own
+ACCELERATED = ("pointwise_attention", "l1_attention")
+OPERATORS = (*ACCELERATED, "skip_layer_attention", "gated_unit")
+
+NO_KERNELS = "this installation of formix has no CPU kernels, or FORMIX_NATIVE=0 turns them off"
+
+_log = logging.getLogger("formix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One implementation of one operator on this machine."""
+
+    op: str
+    impl: str
+    available: bool
+    isa: str  # instruction set or device it runs on
+    reason: str  # why it is not available; empty if it is
+
+
+def native_module() -> ModuleType | None:
+    """`formix.ops.native`, or None where this installation has no CPU kernels or FORMIX_NATIVE=0 turns them off."""
+    return _NATIVE
+
+
+def _import_native() -> ModuleType | None:
+    if os.environ.get("FORMIX_NATIVE") == "0":
+        return None
+    try:
+        return importlib.import_module("formix.ops.native")
+    except ModuleNotFoundError as error:
+        if error.name != "formix.ops.native":
+            raise
+        return None
+
+
+_NATIVE = _import_native()  # once and here: torch.compile cannot trace an import inside an operator
+
+
+def _native_state() -> tuple[bool, str]:
+    module = native_module()
+    return module.available() if module else (False, NO_KERNELS)
+
+
+def implementations() -> list[Implementation]:
+    """Which implementation of which operator can run here, on which instruction set, and why not otherwise."""
+    native, detail = _native_state()
+    rows = []
+    for op in OPERATORS:
+        rows.append(Implementation(op=op, impl="reference", available=True, isa="any device of PyTorch", reason=""))
+        if op in ACCELERATED:
+            rows.append(
+                Implementation(
+                    op=op,
+                    impl="native",
+                    available=native,
+                    isa=detail if native else "",
+                    reason="" if native else detail,
+                )
+            )
+            reason = (
+                "this version of formix has no Triton kernels" if torch.cuda.is_available() else "no CUDA device here"
+            )
+            rows.append(Implementation(op=op, impl="triton", available=False, isa="", reason=reason))
+    return rows
+
+
+def choose(op: str, impl: str, native_refusal: str | None) -> Literal["reference", "native"]:
+    """The implementation for one call: the asked one, or for "auto" the fastest that can run it.
+
+    Args:
+        native_refusal: why the native kernels cannot run this call, or None if they can.
+
+    Raises:
+        ValueError: `impl` is unknown, or was asked for and cannot run this call.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLS))}.")
+    if impl == "reference":
+        return "reference"
+    if impl == "native" and native_refusal is not None:
+        raise ValueError(f"impl='native' cannot run this {op}: {native_refusal}. Use impl='auto' or 'reference'.")
+    if impl == "triton":
+        reason = next(i.reason for i in implementations() if i.op in (op, ACCELERATED[0]) and i.impl == "triton")
+        raise ValueError(f"impl='triton' cannot run this {op}: {reason}. Use impl='auto' or 'reference'.")
+    chosen: Literal["reference", "native"] = "reference" if native_refusal is not None else "native"
+    if impl == "auto" and not torch.compiler.is_compiling():
+        _announce(op, chosen, native_refusal)
+    return chosen
+
+
+@functools.cache
+def _announce(op: str, chosen: str, reason: str | None) -> None:
+    _log.info("%s runs as %s%s", op, chosen, f" ({reason})" if reason else "")

@@ -1,0 +1,66 @@
+"""What a task asks of a model: the loss of a batch and the metric of a split."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.functional import matthews_corrcoef, spearman_corrcoef
+
+from formix.data import Batch, BatchDataset, Data, collate
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits: [B, classes], [B, 1] (regression) or [B, T, vocabulary]."""
+    if "pixel_values" in batch:
+        return model(batch["pixel_values"])
+    output: Any = model(**{k: batch[k] for k in MODEL_INPUTS if k in batch})
+    return output.logits
+
+
+def loss_of(logits: Tensor, labels: Tensor, data: Data, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy in nats, or the mean squared error of a regression; in float32."""
+    logits = logits.float()
+    if data.task == "sequence-regression":
+        return F.mse_loss(logits[:, 0], labels)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256) -> float:
+    """The data's metric on a split, in evaluation mode and the weights' own precision; every sample counts once.
+
+    accuracy in [0, 1]; bits_per_byte = nats per target / ln 2 / bytes per target; Matthews and Spearman correlations.
+    """
+    dataset: BatchDataset = getattr(data, split)
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    outputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    nats, targets = 0.0, 0
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
+        batch = {k: v.to(device) for k, v in batch.items()}
+        logits = forward(model, batch).float()
+        if data.metric == "bits_per_byte":
+            nats += F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), reduction="sum").double().item()
+            targets += batch["labels"].numel()
+        else:
+            outputs.append(logits[:, 0] if data.task == "sequence-regression" else logits.argmax(-1))
+            labels.append(batch["labels"])
+    model.train(was_training)
+    if data.metric == "bits_per_byte":
+        assert data.bytes_per_target is not None
+        return nats / targets / math.log(2) / data.bytes_per_target[split]
+    predicted, expected = torch.cat(outputs), torch.cat(labels)
+    if data.metric == "accuracy":
+        return (predicted == expected).double().mean().item()
+    if data.metric == "matthews_corrcoef":
+        assert data.num_classes is not None
+        return matthews_corrcoef(predicted, expected, task="multiclass", num_classes=data.num_classes).item()
+    return spearman_corrcoef(predicted, expected).item()

@@ -1,0 +1,176 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from formix.comparison import CompareConfig, compare, read_results
+from formix.comparison.environment import capture_environment
+
+SMALL = {
+    "data": "digits",
+    "designs": "softmax,relu",
+    "seeds": 2,
+    "epochs": 2.0,
+    "limit": 128,
+    "batch_size": 32,
+    "precision": "float32",
+    "latency": False,
+    "model_args": {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4},
+}
+
+
+def outcome(results):
+    """What a run's repetition must reproduce: everything but times."""
+    return {
+        (r.design, r.seed, r.lr): (
+            r.status,
+            r.validation,
+            r.test,
+            r.parameters,
+            r.flops,
+            r.peak_memory_bytes,
+            r.selected,
+        )
+        for r in results.runs
+    }
+
+
+def test_results_hold_every_run_and_the_resolved_configuration(tmp_path):
+    config = CompareConfig(**SMALL, lrs="1e-3,5e-3", out=str(tmp_path / "out"))
+    results = compare(config)
+    assert read_results(tmp_path / "out" / "results.json") == results
+    assert len(results.runs) == 2 * 2 + 2  # both rates with the first seed, the chosen one with the second
+    for design in ("softmax", "relu"):
+        chosen = {r.lr for r in results.runs if r.design == design and r.selected}
+        tried = {r.lr: r.validation for r in results.runs if r.design == design and r.seed == 0}
+        assert chosen == {max(tried, key=lambda lr: (tried[lr], -lr))}
+    run = results.runs[0]
+    assert len(run.curve) == 5
+    assert run.flops > 0
+    assert run.train_items_per_second > 0
+    assert results.config["limit"] == 128
+    assert (tmp_path / "out" / "results.csv").read_text().count("\n") == 1 + len(results.runs)
+
+
+def test_the_same_comparison_twice_gives_the_same_metrics(tmp_path):
+    config = CompareConfig(**SMALL, out=str(tmp_path / "a"))
+    assert outcome(compare(config)) == outcome(compare(replace(config, out=str(tmp_path / "b"))))
+
+
+def test_started_again_it_reruns_nothing_and_adds_what_is_new(tmp_path, monkeypatch):
+    from formix.comparison import runner
+
+    config = CompareConfig(**SMALL, out=str(tmp_path))
+    first = compare(config)
+    trained = []
+    real = runner.train
+    monkeypatch.setattr(runner, "train", lambda *a, **k: trained.append(1) or real(*a, **k))
+    assert outcome(compare(config)) == outcome(first)
+    assert not trained
+    more = compare(replace(config, designs="softmax,relu,paf"))
+    assert len(trained) == 2
+    assert outcome(first).items() <= outcome(more).items()
+
+
+def test_designs_that_cannot_do_the_task_are_listed_with_the_reason(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 300)
+    settings = {
+        **SMALL, "data": f"text:{tmp_path / 'a.txt'}", "sequence_length": 16, "designs": "softmax,sima,activator",
+        "model_args": {"n_layer": 1, "n_embd": 16, "n_head": 2}, "limit": None, "epochs": 1.0,
+    }  # fmt: skip
+    results = compare(CompareConfig(**settings, out=str(tmp_path / "out")))
+    refused = {d.design: d.refused for d in results.designs}
+    assert refused["softmax"] is None
+    assert "see the future" in refused["sima"]
+    assert "mixes no tokens" in refused["activator"]
+    assert {r.design for r in results.runs} == {"softmax"}
+    assert "byte bigram" in results.task.baselines
+
+
+def test_a_comparison_in_which_no_design_can_run_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 300)
+    settings = {
+        **SMALL,
+        "data": f"text:{tmp_path / 'a.txt'}",
+        "sequence_length": 16,
+        "designs": "sima",
+        "model_args": {},
+    }
+    with pytest.raises(ValueError, match="None of the designs"):
+        compare(CompareConfig(**settings, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diverged_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    from formix.comparison import runner
+
+    real = runner.build_model
+
+    def broken_relu(data, name, arguments, design):
+        model = real(data, name, arguments, design)
+        if design == "relu":
+            model.head.weight.data.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(runner, "build_model", broken_relu)
+    results = compare(CompareConfig(**SMALL, out=str(tmp_path)))
+    relu = [r for r in results.runs if r.design == "relu"]
+    assert [r.status for r in relu] == ["diverged", "diverged"]
+    assert "step 1 with learning rate 0.001" in relu[0].message
+    assert all(r.test is not None for r in results.runs if r.design == "softmax")
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("important")
+    with pytest.raises(ValueError, match="no comparison of formix's"):
+        compare(CompareConfig(**SMALL, out=str(tmp_path)))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    config = CompareConfig(**SMALL, out=str(tmp_path / "out"))
+    compare(config)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="another epochs"):
+        compare(replace(config, epochs=3.0))
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_latencies_are_measured_for_both_dtypes_and_batches(tmp_path):
+    settings = {**SMALL, "latency": True, "seeds": 1, "epochs": 1.0}
+    run = compare(CompareConfig(**settings, out=str(tmp_path))).runs[0]
+    assert set(run.latency_ms) == {"float32", "bfloat16"}
+    assert all(set(row) == {"1", "32"} and min(row.values()) > 0 for row in run.latency_ms.values())
+
+
+def test_killed_in_the_middle_it_keeps_finished_runs_and_ends_as_if_undisturbed(tmp_path):
+    settings = {**SMALL, "seeds": 3, "epochs": 6.0}
+    flags = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in settings.items() if v is not None]
+    command = [sys.executable, "-m", "formix.cli", "compare", *flags, f"--out={tmp_path / 'killed'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs = tmp_path / "killed" / "runs"
+    deadline = time.time() + 120
+    while len(list(runs.glob("*.json")) if runs.is_dir() else []) < 2 and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {p.name: p.read_bytes() for p in runs.glob("*.json")}
+    assert 2 <= len(kept) < 6
+    assert not (tmp_path / "killed" / "results.json").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    assert all((runs / name).read_bytes() == content for name, content in kept.items())
+    undisturbed = compare(CompareConfig(**settings, out=str(tmp_path / "undisturbed")))
+    assert outcome(read_results(tmp_path / "killed" / "results.json")) == outcome(undisturbed)
+
+
+def test_the_environment_names_processor_and_versions():
+    environment = capture_environment()
+    assert environment.cpu
+    assert (
+        environment.instruction_set.split(" + ")[0] in ("DEFAULT", "AVX2", "AVX512") or Path("/proc/cpuinfo").exists()
+    )
+    assert environment.threads >= 1
+    assert environment.torch.startswith("2.")

@@ -1,0 +1,179 @@
+"""Folders and tars of images."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from formix.data import folder, load_data
+
+CLASSES = ["bird", "cat", "dog"]
+
+
+def draw(path, seed: int, size=(20, 12)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+
+
+def tree(root, *splits: str, each: int = 10, size=(20, 12)):
+    """`each` images of every class in every split; "" is a tree of classes without splits."""
+    for s, split in enumerate(splits):
+        for c, name in enumerate(CLASSES):
+            for i in range(each):
+                draw(root / split / name / f"{i:02}.png", 1000 * s + 100 * c + i, size)
+    return root
+
+
+def pack(root, path, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        archive.add(root, arcname=root.name)
+    return path
+
+
+def everything(dataset):
+    return dataset.__getitems__(range(len(dataset)))
+
+
+def test_train_and_val(tmp_path):
+    data = load_data(f"folder:{tree(tmp_path, 'train', 'val')}", img_size=8)
+    assert (len(data.train), len(data.validation), len(data.test)) == (27, 3, 30)
+    assert data.class_names == ("bird", "cat", "dog")
+    assert (data.in_chans, data.img_size) == (3, (8, 8))
+    assert data.test.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    assert sorted(data.validation.labels.tolist()) == [0, 1, 2]
+
+
+def test_train_val_and_test_are_what_they_say(tmp_path):
+    tree(tmp_path, "train", "val", "test")
+    draw(tmp_path / "val" / "cat" / "more.png", 5)
+    data = load_data(f"folder:{tmp_path}")
+    assert (len(data.train), len(data.validation), len(data.test)) == (30, 31, 30)
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_without_val_both_are_held_out(tmp_path, split):
+    data = load_data(f"folder:{tree(tmp_path, split, each=20)}", validation_fraction=0.1, test_fraction=0.2)
+    assert (len(data.train), len(data.validation), len(data.test)) == (42, 6, 12)
+    assert np.bincount(data.test.labels).tolist() == [4, 4, 4]
+    images = [tuple(p.flatten().tolist()) for s in (data.train, data.validation, data.test) for p in s.pixels]
+    assert len(set(images)) == 60
+
+
+def test_images_that_agree_keep_their_size_and_their_pixels(tmp_path):
+    data = load_data(f"folder:{tree(tmp_path, 'train', 'val')}")
+    assert data.img_size == (12, 20)
+    expected = np.asarray(Image.open(tmp_path / "val" / "bird" / "00.png"))
+    assert np.array_equal(data.test.pixels[0].permute(1, 2, 0), expected)
+
+
+def test_images_that_differ_are_scaled_to_64_and_cut_to_the_centre(tmp_path):
+    tree(tmp_path, "train", "val")
+    stripes = np.zeros((128, 256, 3), dtype=np.uint8)
+    stripes[:, 64:192] = 255  # the centre square
+    Image.fromarray(stripes).save(tmp_path / "val" / "bird" / "00.png")
+    data = load_data(f"folder:{tmp_path}")
+    assert data.img_size == (64, 64)
+    assert (data.test.pixels[0][:, :, 2:-2] == 255).all()
+
+
+def test_grey_and_transparent_images_become_rgb(tmp_path):
+    tree(tmp_path, "train", "val")
+    Image.new("L", (20, 12), 7).save(tmp_path / "val" / "bird" / "00.png")
+    Image.new("RGBA", (20, 12), (1, 2, 3, 4)).save(tmp_path / "val" / "bird" / "01.png")
+    pixels = load_data(f"folder:{tmp_path}").test.pixels
+    assert pixels[0].unique().tolist() == [7]
+    assert pixels[1][:, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_a_tar_equals_its_folder(tmp_path):
+    root = tree(tmp_path / "pets", "train", "val")
+    one, other = load_data(f"folder:{root}"), load_data(f"folder:{pack(root, tmp_path / 'pets.tar')}")
+    assert one.provenance["sha256"] == other.provenance["sha256"]
+    for split in ("train", "validation", "test"):
+        a, b = everything(getattr(one, split)), everything(getattr(other, split))
+        assert torch.equal(a["pixel_values"], b["pixel_values"])
+        assert torch.equal(a["labels"], b["labels"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_more_than_fits_is_decoded_when_read(tmp_path, monkeypatch, kind):
+    root = tree(tmp_path / "pets", "train", "val")
+    name = f"folder:{root if kind == 'folder' else pack(root, tmp_path / 'pets.tar')}"
+    kept = load_data(name)
+    monkeypatch.setattr(folder, "MEMORY_LIMIT", 1000)
+    read = load_data(name)
+    assert isinstance(read.train.pixels, folder.DecodedWhenRead)
+    assert read.provenance["normalisation"] == kept.provenance["normalisation"]
+    a, b = everything(read.test), everything(kept.test)
+    assert torch.equal(a["pixel_values"], b["pixel_values"])
+    loader = torch.utils.data.DataLoader(read.test, batch_size=7, num_workers=2, collate_fn=lambda batch: batch)
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), b["pixel_values"])
+
+
+def test_tiny_imagenet(shared):
+    data = load_data(f"folder:{shared / 'tiny_imagenet20.tar'}", limit=300)
+    assert (len(data.train), len(data.validation), len(data.test)) == (300, 1000, 1000)
+    assert (data.num_classes, data.img_size, data.chance) == (20, (64, 64), pytest.approx(0.05))
+
+
+def test_photographs(shared):
+    data = load_data(f"folder:{shared / 'hymenoptera.tar'}", img_size=32)
+    assert (len(data.train), len(data.validation), len(data.test)) == (219, 24, 153)
+    assert data.class_names == ("ants", "bees")
+
+
+def broken(root):
+    (root / "train" / "dog" / "03.png").write_bytes(b"not an image")
+
+
+def cut_short(root):
+    path = root / "val" / "cat" / "05.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def stranger(root):
+    draw(root / "val" / "fish" / "0.png", 1)
+
+
+def only_val(root):
+    (root / "train").rename(root / "test")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (broken, r"image '.*dog/03.png' cannot be read \(it is no image\); repair or remove it"),
+        (cut_short, r"image '.*cat/05.png' cannot be read \(.*\); repair or remove it"),
+        (stranger, "test split of .* has the class 'fish', which train lacks; that has bird, cat, dog"),
+        (only_val, "has test and val but no train to learn from"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_damaged_trees_say_what_is_wrong(tmp_path, damage, sentence, kind):
+    root = tree(tmp_path / "pets", "train", "val")
+    damage(root)
+    with pytest.raises(ValueError, match=sentence):
+        load_data(f"folder:{root if kind == 'folder' else pack(root, tmp_path / 'pets.tar')}")
+
+
+def test_paths_without_a_tree_of_images_say_what_is_needed(tmp_path):
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    draw(tmp_path / "loose" / "a.png", 1)
+    for i in range(5):
+        draw(tmp_path / "single" / "cat" / f"{i}.png", i)
+        draw(tmp_path / "rare" / "cat" / f"{i}.png", i)
+    draw(tmp_path / "rare" / "dog" / "0.png", 9)
+    (tmp_path / "notes.txt").write_text("text")
+    for path, sentence in {
+        "absent": "absent' does not exist; give a folder, or a .tar",
+        "empty": "empty' holds no images",
+        "loose": "has images but no classes; put the images of each class in a folder",
+        "single": "has one class only, 'cat'",
+        "rare": r"has a class with too few samples to divide \(1 left\)",
+        "notes.txt": "is neither a folder nor an uncompressed .tar",
+        str(pack(tree(tmp_path / "pets", "train"), tmp_path / "pets.tar.gz", "w:gz")): "nor an uncompressed .tar",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            load_data(f"folder:{tmp_path / path}")

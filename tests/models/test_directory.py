@@ -1,0 +1,309 @@
+"""save and load: equal logits in a new process for every design, and one sentence for everything damaged."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import formix
+
+VIT = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
+BERT = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96, "vocab_size": 50}
+GPT2 = {"n_layer": 3, "n_embd": 48, "n_head": 3, "vocab_size": 50, "n_positions": 32}
+FAMILIES = {"vit": ("vit_tiny_patch16_224", VIT), "bert": ("bert-tiny", BERT), "gpt2": ("gpt2-nano", GPT2)}
+DESIGNS = [*formix.list_designs(), "relu+paf+skip", "relu(gate=silu,qk_norm=true)", "activator(official=true)"]
+
+
+def refusal(family, design):
+    return formix.design(design).causal_refusal(3) if family == "gpt2" else None
+
+
+CASES = [(family, design) for family in FAMILIES for design in DESIGNS if not refusal(family, design)]
+
+
+def make(family, design="relu", **more):
+    name, options = FAMILIES[family]
+    torch.manual_seed(0)
+    return formix.create_model(name, design, **options, **more).eval()
+
+
+def inputs(family):
+    generator = torch.Generator().manual_seed(1)
+    if family == "vit":
+        return torch.randn(2, 3, 32, 32, generator=generator)
+    return torch.randint(0, 50, (2, 9), generator=generator)
+
+
+def logits(model, family):
+    with torch.no_grad():
+        out = model(inputs(family))
+    return out if family == "vit" else out.logits
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """One directory per family and design, and the logits of the models in them."""
+    root, expected = tmp_path_factory.mktemp("models"), {}
+    for family, design in CASES:
+        model, key = make(family, design), f"{family}-{DESIGNS.index(design)}"
+        formix.save(model, root / key)
+        expected[f"{family} {design}"] = (str(root / key), logits(model, family))
+    return root, expected
+
+
+PROGRAM = """
+import sys, torch, formix
+root = sys.argv[1]
+cases, inputs = torch.load(f"{root}/cases.pt"), torch.load(f"{root}/inputs.pt")
+torch.set_num_threads(1)
+out = {}
+for name, directory in cases.items():
+    with torch.no_grad():
+        y = formix.load(directory)(inputs[name.split()[0]])
+    out[name] = y if isinstance(y, torch.Tensor) else y.logits
+torch.save(out, f"{root}/logits.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def reloaded(saved):
+    """The logits that a new process computes from the directories."""
+    root, expected = saved
+    torch.save({name: directory for name, (directory, _) in expected.items()}, root / "cases.pt")
+    torch.save({family: inputs(family) for family in FAMILIES}, root / "inputs.pt")
+    run = subprocess.run([sys.executable, "-c", PROGRAM, str(root)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return torch.load(root / "logits.pt")
+
+
+@pytest.mark.parametrize(("family", "design"), CASES, ids=[f"{f}-{d}" for f, d in CASES])
+def test_equal_logits_in_a_new_process(family, design, saved, reloaded):
+    expected = saved[1][f"{family} {design}"][1]
+    assert expected.isfinite().all()
+    assert torch.equal(reloaded[f"{family} {design}"], expected)
+
+
+def test_the_config_holds_the_design(saved):
+    for name, (directory, _) in saved[1].items():
+        with open(f"{directory}/config.json") as file:
+            config = json.load(file)
+        stored = config["model_args"]["design"] if "architecture" in config else config["design"]
+        assert formix.design(stored) == formix.design(name.split(" ", 1)[1])
+
+
+FOREIGN = """
+import sys
+import timm, torch
+from transformers import AutoModel, AutoConfig
+attempts = {
+    "timm": lambda d: timm.create_model(f"local-dir:{d}", pretrained=True),
+    "model": AutoModel.from_pretrained,
+    "config": AutoConfig.from_pretrained,
+}
+for kind, directory in (pair.split("=", 1) for pair in sys.argv[1:]):
+    try:
+        attempts[kind](directory)
+    except Exception as error:
+        print(kind, "refused", "formix" in str(error))
+    else:
+        print(kind, "loaded")
+"""
+
+
+def test_programs_without_formix_fail_loudly(saved):
+    """Neither timm nor transformers takes a directory of formix's for one of its own."""
+    root = saved[0]
+    arguments = [f"timm={root}/vit-1", f"model={root}/bert-1", f"config={root}/bert-1", f"model={root}/gpt2-1"]
+    run = subprocess.run([sys.executable, "-c", FOREIGN, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[:4] == [f"{kind} refused True" for kind in ("timm", "model", "config", "model")]
+
+
+# ------------------------------------------------------------------------------------------------ other weights
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_design_from_a_directory_keeps_the_weights(family, saved):
+    directory = saved[1][f"{family} relu"][0]
+    model = formix.create_model(directory, "softmax").eval()
+    expected = saved[1][f"{family} softmax"][1]  # made with the same seed
+    assert torch.allclose(logits(model, family), expected, atol=1e-6)
+    own = formix.create_model(directory).eval()
+    assert torch.equal(logits(own, family), saved[1][f"{family} relu"][1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_design_with_weights_that_a_directory_lacks_is_refused(family, saved):
+    directory = saved[1][f"{family} relu"][0]
+    for design in ("relu(gate=silu)", "relu(qk_norm=true)"):
+        with pytest.raises(ValueError, match=r"has no weights for \d+ parameters of this design"):
+            formix.create_model(directory, design)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_again_over_an_older_model(family, tmp_path):
+    formix.save(make(family, "softmax"), tmp_path)
+    model = make(family, "skip")
+    formix.save(model, tmp_path)
+    assert torch.equal(logits(formix.load(tmp_path), family), logits(model, family))
+    assert {p.name for p in tmp_path.iterdir()} <= {"config.json", "model.safetensors", "generation_config.json"}
+
+
+def test_a_model_in_half_precision_keeps_its_numbers(tmp_path):
+    model = make("vit", "relu").to(torch.bfloat16)
+    formix.save(model, tmp_path)
+    loaded = formix.load(tmp_path)
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight.float(), model.state_dict()[name].float()), name
+
+
+# ------------------------------------------------------------------------------------------------------- refused
+
+
+def damage_config(change):
+    def damage(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return damage
+
+
+def damage_design(change):
+    def damage(config):
+        holder = config.get("model_args", config)
+        holder["design"] = change(holder["design"])
+        return config
+
+    return damage_config(damage)
+
+
+def damage_weights(change):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+    return damage
+
+
+def cut(name, keep):
+    def damage(directory):
+        path = directory / name
+        path.write_bytes(path.read_bytes()[:keep])
+
+    return damage
+
+
+def largest(weights):
+    return max(weights, key=lambda k: weights[k].numel() if "blocks" in k or "layer" in k or ".h." in k else 0)
+
+
+DAMAGES = {
+    "config_missing": lambda d: (d / "config.json").unlink(),
+    "config_cut": cut("config.json", 40),
+    "config_empty": cut("config.json", 0),
+    "config_binary": lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00\x81"),
+    "config_list": damage_config(lambda c: [c]),
+    "config_of_nothing": damage_config(lambda c: {}),
+    "design_field": damage_design(lambda d: d | {"temperature": 2}),
+    "design_mixer": damage_design(lambda d: d | {"mixer": {"kind": "mamba"}}),
+    "design_mixer_field": damage_design(lambda d: d | {"mixer": d["mixer"] | {"power": 3}}),
+    "design_text": damage_design(lambda d: "rellu"),
+    "design_number": damage_design(lambda d: 3),
+    "weights_missing": lambda d: (d / "model.safetensors").unlink(),
+    "weights_empty": cut("model.safetensors", 0),
+    "weights_cut_in_the_header": cut("model.safetensors", 100),
+    "weights_cut": cut("model.safetensors", 20_000),
+    "weights_other": lambda d: (d / "model.safetensors").write_bytes(b"not a tensor" * 99),
+    "weight_missing": damage_weights(lambda w: {k: v for k, v in w.items() if k != largest(w)}),
+    "weight_shape": damage_weights(lambda w: w | {largest(w): w[largest(w)][:-1].clone()}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_damaged_directory_is_refused_in_one_sentence(family, damage, saved, tmp_path):
+    shutil.copytree(saved[1][f"{family} relu"][0], tmp_path / "model")
+    DAMAGES[damage](tmp_path / "model")
+    with pytest.raises(ValueError, match=r"\w") as refused:
+        formix.load(tmp_path / "model")
+    assert type(refused.value) is ValueError
+    assert len(str(refused.value)) < 900
+    assert "Traceback" not in str(refused.value)
+
+
+VIT_CONFIGS = {
+    "no_arguments": lambda c: {k: v for k, v in c.items() if k != "model_args"},
+    "arguments_list": lambda c: c | {"model_args": [1]},
+    "no_base": lambda c: c | {"model_args": {k: v for k, v in c["model_args"].items() if k != "base"}},
+    "no_design": lambda c: c | {"model_args": {k: v for k, v in c["model_args"].items() if k != "design"}},
+    "unknown_base": lambda c: c | {"model_args": c["model_args"] | {"base": "vit_enormous"}},
+    "unknown_argument": lambda c: c | {"model_args": c["model_args"] | {"colour": 3}},
+    "depth": lambda c: c | {"model_args": c["model_args"] | {"depth": 4}},
+    "architecture": lambda c: c | {"architecture": "formix_unknown"},
+    "timm_s": lambda c: c | {"architecture": "vit_tiny_patch16_224"},
+    "architecture_number": lambda c: c | {"architecture": [3]},
+}
+
+
+@pytest.mark.parametrize("case", VIT_CONFIGS)
+def test_a_changed_image_config_is_refused(case, saved, tmp_path):
+    shutil.copytree(saved[1]["vit relu"][0], tmp_path / "model")
+    damage_config(VIT_CONFIGS[case])(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"\w") as refused:
+        formix.load(tmp_path / "model")
+    assert type(refused.value) is ValueError
+
+
+@pytest.mark.parametrize("change", [{"design": None}, {"model_type": "bert"}, {"model_type": "formix_mamba"}], ids=str)
+def test_a_changed_text_config_is_refused(change, saved, tmp_path):
+    """Above all the one whose design is gone: it must not come back as softmax."""
+    shutil.copytree(saved[1]["bert relu"][0], tmp_path / "model")
+    damage_config(lambda c: c | change)(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"design|model_type"):
+        formix.load(tmp_path / "model")
+
+
+def test_what_is_no_directory_of_a_model(tmp_path):
+    with pytest.raises(ValueError, match=r"it has no config\.json"):
+        formix.load(tmp_path)
+    with pytest.raises(ValueError, match=r"it has no config\.json"):
+        formix.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"is no directory with a config\.json"):
+        formix.create_model(tmp_path)
+    with pytest.raises(ValueError, match=r"is no directory with a config\.json"):
+        formix.create_model("no/such/place", "relu")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="a directory brings its own"):
+        formix.create_model(tmp_path, pretrained=True)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="A Linear is no model of formix's"):
+        formix.save(torch.nn.Linear(2, 2), tmp_path / "a")
+    with pytest.raises(ValueError, match="is no model of formix's"):
+        formix.save(timm.create_model("vit_tiny_patch16_224", **VIT), tmp_path / "b")
+    own_layer = make("vit", "relu", act_layer=torch.nn.ReLU)
+    with pytest.raises(ValueError, match="act_layer"):
+        formix.save(own_layer, tmp_path / "c")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file"):
+        formix.save(make("vit"), tmp_path / "file")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "file"], "nothing half written"
+
+
+def test_a_failed_save_leaves_the_older_model(tmp_path, monkeypatch):
+    formix.save(make("vit", "relu"), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("formix.models.directory.save_model", fail)
+    with pytest.raises(OSError, match="No space left"):
+        formix.save(make("vit", "sima"), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".partial"} == before

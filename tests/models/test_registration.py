@@ -1,0 +1,98 @@
+"""formix's models by timm's and transformers' own functions, in a process that has imported formix."""
+
+import json
+
+import pytest
+import timm
+import torch
+import transformers as hf
+from transformers import AutoConfig, AutoModel
+
+import formix
+from formix.models.text import FAMILIES, create_text_model
+from formix.models.vit import FormixVisionTransformer
+
+VIT = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
+
+
+@pytest.mark.parametrize("design", formix.list_designs())
+def test_timm_loads_a_directory(design, tmp_path):
+    model = formix.create_model("vit_tiny_patch16_224", design, **VIT).eval()
+    formix.save(model, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert isinstance(loaded, FormixVisionTransformer)
+    assert loaded.design == formix.design(design)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_timm_s_arguments_for_a_directory(tmp_path):
+    model = formix.create_model("vit_tiny_patch16_224", "sima", **VIT).eval()
+    formix.save(model, tmp_path)
+    other_head = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9)
+    assert other_head.num_classes == 9
+    assert torch.equal(other_head.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    untrained = timm.create_model(f"local-dir:{tmp_path}")
+    assert untrained.design == formix.design("sima")
+    assert not torch.equal(untrained.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    larger = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=48)
+    assert larger(torch.randn(1, 3, 48, 48)).shape == (1, 5)
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+    assert data["input_size"] == (3, 32, 32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+def test_timm_creates_by_name():
+    model = timm.create_model("formix_vit", base="vit_tiny_patch16_224", design="relu+paf", **VIT)
+    assert isinstance(model, FormixVisionTransformer)
+    assert model.design == formix.design("relu+paf")
+    assert timm.is_model("formix_vit")
+    assert "formix_vit" in timm.list_models("formix*")
+    with pytest.raises(ValueError, match="'rellu' is no design"):
+        timm.create_model("formix_vit", base="vit_tiny_patch16_224", design="rellu")
+
+
+def test_timm_s_features(tmp_path):
+    model = formix.create_model("vit_tiny_patch16_224", "relu", **VIT | {"depth": 4}).eval()
+    formix.save(model, tmp_path)
+    features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        got = features(x)
+        want = model.forward_intermediates(x, indices=[1, 2, 3], intermediates_only=True)
+    assert len(got) == 3
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+TASKS = [(family, task) for family, (_, tasks) in FAMILIES.items() for task in tasks]
+TINY = {"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 24, "vocab_size": 50}
+AUTOS = {
+    "causal-lm": hf.AutoModelForCausalLM,
+    "masked-lm": hf.AutoModelForMaskedLM,
+    "sequence-classification": hf.AutoModelForSequenceClassification,
+    "token-classification": hf.AutoModelForTokenClassification,
+    "question-answering": hf.AutoModelForQuestionAnswering,
+    "multiple-choice": hf.AutoModelForMultipleChoice,
+    "features": hf.AutoModel,
+}
+NAMES = {"gpt2": "gpt2-nano", "bert": "bert-tiny", "roberta": "roberta-tiny", "llama": "llama-nano"}
+
+
+@pytest.mark.parametrize(("family", "task"), TASKS)
+def test_auto_classes_give_the_class_of_the_task(family, task, tmp_path):
+    tiny = {k: v for k, v in TINY.items() if k != "intermediate_size" or family != "gpt2"}
+    tiny |= {"num_key_value_heads": 1} if family == "llama" else {}
+    model = create_text_model(NAMES[family], "relu", task=task, **tiny)
+    config_class, classes = FAMILIES[family]
+    assert type(model) is classes[task]
+    model.save_pretrained(tmp_path)
+    loaded = AUTOS[task].from_pretrained(tmp_path)
+    assert type(loaded) is classes[task]
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is config_class
+    assert formix.design(config.design) == formix.design("relu")
+    assert type(AutoModel.from_pretrained(tmp_path)) is classes["features"]
+    ours = model.state_dict()
+    assert all(torch.equal(weight, ours[name]) for name, weight in loaded.state_dict().items())

@@ -1,0 +1,411 @@
+"""The CPU kernels, on every instruction set of this machine, against the float64 formulas: output and each gradient by
+name, and as operators of PyTorch (compile, export, autocast, second derivatives)."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import H, close, l1, pointwise
+
+from formix.ops import native
+
+usable, reason = native.available()
+pytestmark = pytest.mark.skipif(not usable, reason=reason)
+
+ISAS = [name for name, why in native.isas().items() if not why]
+ACTIVATIONS = [*H, "sigmoid_bias"]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in TOLERANCE]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa("auto")
+
+
+@pytest.fixture(params=[1, 3], ids=["one_thread", "three_threads"])
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def packed(b, h, n, d, dtype, parts=1):
+    """`parts` tensors [b, h, n, d], views of one [b, n, parts, h, d]."""
+    memory = torch.randn(b, n, parts, h, d, dtype=torch.float64).to(dtype)
+    return list(memory.permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def qkv(b=2, h=2, n=40, m=None, d=16, dv=None, hkv=None, dtype=torch.float32):
+    m, dv, hkv = n if m is None else m, dv or d, hkv or h
+    if (h, n, d) == (hkv, m, dv):
+        return packed(b, h, n, d, dtype, 3)
+    return [packed(b, h, n, d, dtype)[0], packed(b, hkv, m, d, dtype)[0], packed(b, hkv, m, dv, dtype)[0]]
+
+
+def check(operator, oracle, inputs, tolerance, floor=1e-2, **options):
+    """Output and gradients of `operator` against those of `oracle` in float64; errors of gradients are relative to the
+    largest, or to `floor`."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = operator(*inputs, **options), oracle(*exact, **options)
+    close(out, expected, tolerance, floor=floor / 10)
+    grad = torch.randn_like(out)
+    actual = torch.autograd.grad(out, inputs, grad)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    for name, a, e in zip(("query", "key", "value"), actual, wanted, strict=True):
+        assert a.dtype == out.dtype
+        close(a, e, 3 * tolerance, f"gradient of {name}", floor)
+
+
+def bits(*shape):
+    return torch.rand(shape) > 0.4
+
+
+def blind():
+    mask = bits(2, 2, 40, 40)
+    mask[0, 1, 3:5] = mask[1, :, 39] = False
+    return mask
+
+
+# name -> (shapes, options). The options are made in the test, after the seed.
+CASES = {
+    "self": ({}, dict),
+    "one_token": ({"b": 1, "h": 1, "n": 1, "d": 1}, dict),
+    "tall": ({"n": 70, "m": 9}, dict),
+    "wide": ({"n": 5, "m": 90}, dict),
+    "197_tokens": ({"b": 1, "n": 197, "d": 64}, dict),
+    "odd_everything": ({"b": 1, "n": 61, "m": 67, "d": 7, "dv": 21}, dict),
+    "head_size_256": ({"b": 1, "h": 1, "n": 33, "d": 256}, dict),
+    "head_size_1": ({"d": 1}, dict),
+    "several_key_blocks": ({"b": 1, "h": 1, "n": 50, "m": 900, "d": 33}, dict),
+    "causal": ({"n": 131}, lambda: {"is_causal": True}),
+    "causal_tall": ({"n": 70, "m": 40}, lambda: {"is_causal": True}),
+    "causal_wide": ({"n": 40, "m": 70}, lambda: {"is_causal": True}),
+    "causal_several_blocks": ({"b": 1, "h": 1, "n": 801, "d": 8}, lambda: {"is_causal": True}),
+    "key_padding": ({}, lambda: {"attn_mask": bits(2, 1, 1, 40)}),
+    "prefix_padding": ({}, lambda: {"attn_mask": torch.arange(40) < torch.tensor([7, 33])[:, None, None, None]}),
+    "no_key": ({}, lambda: {"attn_mask": torch.zeros(40, dtype=torch.bool)}),
+    "mask_by_query": ({}, lambda: {"attn_mask": bits(40, 1)}),
+    "full_mask": ({}, lambda: {"attn_mask": bits(2, 2, 40, 40)}),
+    "strided_mask": ({}, lambda: {"attn_mask": bits(40, 40).t()}),
+    "blind_rows": ({}, lambda: {"attn_mask": blind()}),
+    "causal_mask": ({}, lambda: {"attn_mask": bits(2, 1, 40, 40), "is_causal": True}),
+    "causal_padding": ({}, lambda: {"attn_mask": bits(2, 1, 1, 40), "is_causal": True}),
+    "grouped": ({"h": 6, "hkv": 2}, dict),
+    "grouped_causal_mask": ({"h": 4, "hkv": 1}, lambda: {"attn_mask": bits(2, 4, 40, 40), "is_causal": True}),
+    "fixed_length": ({}, lambda: {"length": 5}),
+    "square_root": ({}, lambda: {"length_exponent": 0.5, "is_causal": True}),
+    "negative_scale": ({}, lambda: {"scale": -0.3}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pointwise_cases(isa, threads, case):
+    shapes, options = CASES[case]
+    for activation, dtype in (("relu", torch.float32), ("softplus", torch.float32), ("gelu", torch.bfloat16)):
+        inputs = qkv(**shapes, dtype=dtype)
+        check(native.pointwise_attention, pointwise, inputs, TOLERANCE[dtype], activation=activation, **options())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_pointwise_activations(isa, activation, dtype):
+    for options in ({}, {"is_causal": True, "attn_mask": bits(2, 1, 1, 37)}):
+        length_exponent = 0.0 if activation == "sigmoid_bias" else 1.0
+        check(
+            native.pointwise_attention,
+            pointwise,
+            qkv(n=37, d=24, dtype=dtype),
+            TOLERANCE[dtype],
+            activation=activation,
+            length_exponent=length_exponent,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("activation", list(H))
+def test_activation_over_the_whole_range(isa, activation):
+    """One key of one channel with value 1 makes the operator h itself, and its query gradient h'."""
+    steps = torch.cat([torch.linspace(-200, 200, 40001), torch.logspace(-30, 15, 400), -torch.logspace(-30, 15, 400)])
+    s = steps.view(1, 1, -1, 1).requires_grad_()
+    one = torch.ones(1, 1, 1, 1)
+    out = native.pointwise_attention(s, one, one, activation=activation, scale=1.0)
+    (slope,) = torch.autograd.grad(out.sum(), s)
+    exact = s.detach().double().requires_grad_()
+    functions = {**H, "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}  # no cancellation at -6
+    expected = functions[activation](exact)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
+    error = (out.double() - expected).abs() / expected.abs().clamp(min=1)
+    assert error.max() < 3e-7
+    clear = exact.detach().abs() > 1e-12  # at 0 relu's derivative is a convention
+    slope_error = ((slope.double() - expected_slope).abs() / expected_slope.abs().clamp(min=1))[clear]
+    assert slope_error.max() < 2e-6
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_is_not_hidden(isa, activation):
+    q, k, v = qkv(b=1, h=1, n=20)
+    q[0, 0, 3] = math.nan
+    out = native.pointwise_attention(q, k, v, activation=activation)
+    assert out[0, 0, 3].isnan().all()
+    assert out[0, 0, [0, 1, 2, *range(4, 20)]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({}, id="self"),
+        pytest.param({"b": 1, "h": 1, "n": 5, "d": 2}, id="five_tokens"),
+        pytest.param({"n": 33, "m": 70, "d": 7, "dv": 19}, id="odd_cross"),
+        pytest.param({"b": 1, "h": 1, "n": 1500, "d": 48}, id="one_long_head"),
+        pytest.param({"b": 1, "h": 1, "n": 30, "d": 256}, id="head_size_256"),
+    ],
+)
+def test_l1(isa, threads, shape, dtype):
+    for masked in (False, True):
+        q, k, v = qkv(**shape, dtype=dtype)
+        mask = bits(q.shape[0], k.shape[2]) if masked else None
+        # the size of the output shrinks with the number of tokens
+        check(native.l1_attention, l1, [q, k, v * 10], TOLERANCE[dtype] * 2, key_padding_mask=mask)
+
+
+def test_l1_zero_channel(isa):
+    q, k, v = qkv()
+    q[..., 3] = 0
+    check(native.l1_attention, l1, [q, k, v], 1e-5)
+
+
+def test_inputs_are_not_copied_and_output_is_in_token_order(isa):
+    q, k, v = qkv(b=2, h=3, n=10, d=16)
+    for out in (native.pointwise_attention(q, k, v), native.l1_attention(q, k, v)):
+        assert out.shape == (2, 3, 10, 16)
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_empty(isa, n):
+    q, k, v = torch.randn(2, 2, 3 - n, 8), torch.randn(2, 2, n, 8), torch.randn(2, 2, n, 8)
+    assert torch.equal(native.pointwise_attention(q, k, v), torch.zeros(2, 2, 3 - n, 8))
+
+
+def test_gradient_of_a_broadcast_output_gradient(isa):
+    q, k, v = (x.requires_grad_() for x in qkv(d=8))
+    native.pointwise_attention(q, k, v).sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    pointwise(*exact).sum().backward()
+    close(q.grad, exact[0].grad, 1e-5)
+
+
+def inputs64():
+    return [x.detach().requires_grad_() for x in qkv(b=1, h=2, n=9, d=8)]
+
+
+OPERATORS = {
+    "pointwise": lambda q, k, v: native.pointwise_attention(q, k, v, activation="gelu", is_causal=True),
+    "l1": lambda q, k, v: native.l1_attention(q, k, v, key_padding_mask=torch.arange(q.shape[2])[None] < 7),
+}
+ORACLES = {
+    "pointwise": lambda q, k, v: pointwise(q, k, v, activation="gelu", is_causal=True),
+    "l1": lambda q, k, v: l1(q, k, v, key_padding_mask=torch.arange(q.shape[2])[None] < 7),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_second_derivatives(name):
+    tensors = inputs64()
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    results = []
+    for f, x in ((OPERATORS[name], tensors), (ORACLES[name], exact)):
+        out = f(*x)
+        first = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), x))
+    for which, a, e in zip(("query", "key", "value"), *results, strict=True):
+        close(a, e, 1e-4, f"second derivative by {which}")
+
+
+@pytest.mark.parametrize("name", ["pointwise_attention", "l1_attention"])
+def test_operator_registration(name):
+    q, k, v = inputs64()
+    mask = {"pointwise_attention": bits(9, 9), "l1_attention": bits(1, 9)}[name]
+    rest = {"pointwise_attention": ("gelu", 1.0, None, True, 0.3), "l1_attention": (1e-12,)}[name]
+    op = getattr(torch.ops.formix, name).default
+    torch.library.opcheck(op, (q, k, v, mask, *rest))
+    torch.library.opcheck(op, (q, k, v, None, *rest))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compile_fullgraph(name):
+    f = OPERATORS[name]
+    compiled = torch.compile(lambda q, k, v: f(q * 2, k, v).sum(), fullgraph=True, backend="aot_eager")
+    a, b = inputs64(), inputs64()
+    b = [x.detach().clone().requires_grad_() for x in a]
+    compiled(*a).backward()
+    f(b[0] * 2, b[1], b[2]).sum().backward()
+    for x, y in zip(a, b, strict=True):
+        close(x.grad, y.grad, 1e-6)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_export_with_any_batch(name):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return OPERATORS[name](q, k, v)
+
+    q, k, v = (x.detach().expand(3, -1, -1, -1).contiguous() for x in inputs64())
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Module(), (q, k, v), dynamic_shapes=[{0: batch}] * 3)
+    other = [x.detach().expand(5, -1, -1, -1).contiguous() for x in inputs64()]
+    close(program.module()(*other), OPERATORS[name](*other), 1e-6)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_and_inference_mode(name):
+    q, k, v = inputs64()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = OPERATORS[name](q, k, v.bfloat16())
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+    with torch.inference_mode():
+        close(OPERATORS[name](q, k, v), ORACLES[name](q.double(), k.double(), v.double()), 1e-5)
+
+
+def test_refusals_name_the_reason():
+    q, k, v = qkv(b=1, h=1, n=4, d=8)
+    assert native.cannot_run_pointwise(q, k, v) is None
+    assert native.cannot_run_l1(q, k, v) is None
+    assert "float64" in native.cannot_run_pointwise(q.double(), k.double(), v.double())
+    assert "meta" in native.cannot_run_pointwise(q.to("meta"), k, v)
+    assert "contiguous" in native.cannot_run_l1(q.transpose(2, 3), k, v)
+    assert "boolean" in native.cannot_run_pointwise(q, k, v, torch.zeros(4, 4))
+    assert "256" in native.cannot_run_pointwise(*qkv(b=1, h=1, n=2, d=257))
+    assert "value" in native.cannot_run_pointwise(q, k, v.bfloat16())
+    with pytest.raises(ValueError, match="the names are"):
+        native.set_isa("mmx")
+
+
+@pytest.mark.parametrize("name", ["portable", "mmx"])
+def test_environment_forces_an_instruction_set(name):
+    code = "from formix.ops import native; print(native.available())"
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FORMIX_ISA": name}, capture_output=True, text=True, check=True
+    ).stdout
+    assert ("(True, 'portable')" in out) if name == "portable" else ("FORMIX_ISA=mmx" in out)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc/self/maps")
+def test_one_openmp_runtime():
+    native.pointwise_attention(*qkv())
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
+    from_torch = {r for r in runtimes if "/torch" in r}
+    assert not from_torch or runtimes == from_torch
+
+
+def test_memory_stays_far_below_a_score_matrix(isa):
+    if isa == "portable":
+        pytest.skip("slow there, and the blocking is the same")
+    n = 8192
+    code = (
+        "import resource, torch; from formix.ops import native; torch.set_num_threads(1); "
+        f"native.set_isa('{isa}'); "
+        "q, k, v = (torch.randn(1, 1, {0}, 16, requires_grad=True) for _ in range(3)); "
+        "small = torch.randn(1, 1, 9, 16, requires_grad=True); "
+        "native.pointwise_attention(small, small, small).sum().backward(); "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "native.pointwise_attention(q, k, v).sum().backward(); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    ).format(n)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(out) * 1024 < n * n * 4 / 8
+
+
+@st.composite
+def problems(draw):
+    heads_kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    size = st.one_of(st.integers(1, 20), st.integers(21, 130), st.sampled_from([197, 385, 400]))
+    channels = st.one_of(st.integers(1, 40), st.sampled_from([64, 80, 96, 128]))
+    n, m = draw(size), draw(size)
+    return {
+        "b": draw(st.integers(1, 2)),
+        "h": heads_kv * group,
+        "hkv": heads_kv,
+        "n": n,
+        "m": draw(st.sampled_from([n, m])),
+        "d": draw(channels),
+        "dtype": draw(st.sampled_from(list(TOLERANCE))),
+    }
+
+
+MASKS = {
+    "none": lambda b, h, n, m: None,
+    "keys": lambda b, h, n, m: bits(b, 1, 1, m),
+    "prefix": lambda b, h, n, m: torch.arange(m) < torch.randint(0, m + 1, (b, 1, 1, 1)),
+    "queries": lambda b, h, n, m: bits(b, 1, n, 1),
+    "heads": lambda b, h, n, m: bits(1, h, n, m),
+    "full": lambda b, h, n, m: bits(b, h, n, m),
+    "transposed": lambda b, h, n, m: bits(m, n).t(),
+}
+
+
+@pytest.mark.slow
+@settings(max_examples=2000)
+@given(
+    problem=problems(),
+    isa=st.sampled_from(ISAS),
+    activation=st.sampled_from(ACTIVATIONS),
+    mask=st.sampled_from(list(MASKS)),
+    causal=st.booleans(),
+    exponent=st.sampled_from([0.0, 0.5, 1.0]),
+    length=st.sampled_from([None, 1, 50]),
+    threads=st.sampled_from([1, 2, 5]),
+)
+def test_fuzz_pointwise(problem, isa, activation, mask, causal, exponent, length, threads):
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    native.set_isa(isa)
+    try:
+        inputs = qkv(**problem)
+        check(
+            native.pointwise_attention,
+            pointwise,
+            inputs,
+            2 * TOLERANCE[problem["dtype"]],
+            activation=activation,
+            length_exponent=0.0 if activation == "sigmoid_bias" else exponent,
+            length=length,
+            is_causal=causal,
+            attn_mask=MASKS[mask](problem["b"], problem["h"], problem["n"], problem["m"]),
+        )
+    finally:
+        native.set_isa("auto")
+        torch.set_num_threads(1)
+
+
+@pytest.mark.slow
+@settings(max_examples=500)
+@given(problem=problems(), isa=st.sampled_from(ISAS), masked=st.booleans(), threads=st.sampled_from([1, 2, 5]))
+def test_fuzz_l1(problem, isa, masked, threads):
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    native.set_isa(isa)
+    try:
+        q, k, v = qkv(**{**problem, "hkv": problem["h"]})
+        # With few tokens the two terms of a gradient, about 1 / (tokens * smallest |q|), nearly cancel.
+        q, k = (x + x.sign() / 2 for x in (q, k))
+        mask = bits(q.shape[0], k.shape[2]) if masked else None
+        tokens = min(q.shape[2], k.shape[2] if mask is None else int(mask.sum(1).clamp(min=1).min()))
+        tolerance = 3 * TOLERANCE[problem["dtype"]]
+        check(native.l1_attention, l1, [q, k, v], tolerance, floor=10 / tokens, key_padding_mask=mask)
+    finally:
+        native.set_isa("auto")
+        torch.set_num_threads(1)

@@ -1,0 +1,158 @@
+import json
+
+import pytest
+
+import formix
+from formix.cli import main
+
+SMALL = [
+    "--designs=softmax,relu", "--seeds=1", "--epochs=1", "--limit=64", "--precision=float32", "--latency=false",
+    '--model_args={"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 4}',
+]  # fmt: skip
+
+
+def test_designs_lists_every_design_with_its_formula(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    assert main(["designs"]) == 0
+    printed = capsys.readouterr().out
+    for name in formix.list_designs():
+        assert any(line.startswith(name) and formix.design(name).describe() in line for line in printed.splitlines())
+
+
+def test_designs_prints_the_json_of_a_combination(capsys):
+    assert main(["designs", "relu+paf"]) == 0
+    text = capsys.readouterr().out.splitlines()[1]
+    assert formix.Design.from_json(text) == formix.design("relu+paf")
+
+
+def test_data_and_implementations_list_what_there_is(capsys):
+    assert main(["data"]) == 0
+    assert "glue:DIR/TASK" in capsys.readouterr().out
+    assert main(["implementations"]) == 0
+    printed = capsys.readouterr().out
+    assert "pointwise_attention" in printed
+    assert "reference" in printed
+
+
+def test_compare_prints_the_table_and_writes_the_report(tmp_path, capsys):
+    assert main(["compare", "--data=digits", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "relu" in printed
+    assert "report.html" in printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "relu" in page
+    assert "softmax" in page
+
+
+def test_studies_and_flags_are_one_configuration_and_several_studies_share_a_report(tmp_path):
+    for name, designs in (("first", "softmax"), ("second", "softmax,relu")):
+        (tmp_path / f"{name}.yaml").write_text(f"data: digits\ndesigns: {designs}\nseeds: 2\n")
+    studies = [str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml")]
+    rest = [flag for flag in SMALL if not flag.startswith("--designs")]
+    assert main(["compare", *studies, *rest, "--batch-size=32", f"--out={tmp_path / 'out'}"]) == 0
+    results = json.loads((tmp_path / "out" / "second" / "results.json").read_text())
+    assert (results["config"]["seeds"], results["config"]["batch_size"]) == (1, 32)
+    assert [d["design"] for d in results["designs"]] == ["softmax", "relu"]
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_report_makes_the_page_and_the_table_again(tmp_path, capsys):
+    assert main(["compare", "--data=digits", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
+    results = str(tmp_path / "out" / "results.json")
+    assert main(["report", results, f"--out={tmp_path / 'again.html'}"]) == 0
+    assert (tmp_path / "again.html").read_text() == (tmp_path / "out" / "report.html").read_text()
+    capsys.readouterr()
+    assert main(["report", results, "--markdown"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert sum("relu" in row.split("|")[1] for row in rows if row.startswith("| ")) == 1
+
+
+def test_analyze_prints_a_row_for_every_layer(tmp_path, capsys):
+    model = formix.create_model(
+        "vit_tiny_patch16_224", design="paf", img_size=8, patch_size=4, in_chans=1, depth=3, embed_dim=16, num_heads=2
+    )
+    formix.save(model, tmp_path / "model")
+    arguments = ["analyze", f"--model={tmp_path / 'model'}", "--data=digits", "--batches=1"]
+    assert main([*arguments, "--json=true"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 3
+    assert main(arguments) == 0
+    assert "160 tokens" in capsys.readouterr().out  # 32 images of 4 patches and a class token
+
+
+WRONG = {
+    "analysis of nothing": (["analyze", "--model={tmp}/none", "--data=digits"], "none is no model directory"),
+    "report of nothing": (["report"], "usage: formix report"),
+    "report of a missing file": (["report", "{tmp}/none.json"], "none.json"),
+    "report of a broken file": (["report", "{tmp}/broken.yaml"], "broken.yaml"),
+    "verb": (["dance"], "'dance' is no verb"),
+    "design": (["compare", "--designs=softmax,nope"], "'nope' is no design"),
+    "combination": (["compare", "--designs=relu+sima"], "both choose the mixer"),
+    "design option": (["compare", "--designs=relu(power=2)"], "'power' is no option"),
+    "activation": (["compare", "--designs=relu(activation=tanh)"], "activation is 'tanh'"),
+    "negative exponent": (["compare", "--designs=relu(length_exponent=-1)"], "length_exponent is -1"),
+    "skip distance": (["compare", "--data=digits", "--designs=skip(source=distance(9))"], "distance must be 1 to 3"),
+    "data": (["compare", "--data=mnist3d"], "Unknown data 'mnist3d'"),
+    "missing folder": (["compare", "--data=folder:{tmp}/none"], "none"),
+    "empty folder": (["compare", "--data=folder:{tmp}/empty"], "empty"),
+    "unreadable image": (["compare", "--data=folder:{tmp}/pictures"], "0.png"),
+    "short text": (["compare", "--data=text:{tmp}/short.txt"], "short.txt"),
+    "missing text": (["compare", "--data=text:{tmp}/none.txt"], "none.txt"),
+    "missing task": (["compare", "--data=glue:{tmp}/SST-2"], "SST-2"),
+    "negative epochs": (["compare", "--epochs=-3"], "epochs is -3"),
+    "absurd rate": (["compare", "--lrs=1e9"], "lr is 1000000000"),
+    "word for a number": (["compare", "--seeds=many"], "seeds"),
+    "no seeds": (["compare", "--seeds=0"], "seeds is 0"),
+    "huge batch of none": (["compare", "--batch_size=0"], "batch_size is 0"),
+    "unknown flag": (["compare", "--colour=red"], "colour"),
+    "broken YAML": (["compare", "{tmp}/broken.yaml"], "broken.yaml"),
+    "unknown key in YAML": (["compare", "{tmp}/unknown.yaml"], "colour"),
+    "missing YAML": (["compare", "{tmp}/none.yaml"], "none.yaml is no file"),
+    "unknown model": (["compare", "--data=digits", "--model=vit_nope"], "vit_nope"),
+    "model of another kind": (["compare", "--data=digits", "--model=resnet18"], "ResNet"),
+    "model argument": (["compare", "--data=digits", '--model_args={"colour": 1}'], "colour"),
+    "heads that do not divide": (["compare", "--data=digits", '--model_args={"num_heads": 5}'], "num_heads"),
+    "directory of something else": (["compare", "--data=digits", "--out={tmp}/empty/.."], "no comparison"),
+    "damaged run": (["compare", "--data=digits", *SMALL, "--out={tmp}/finished"], "runs"),
+    "damaged configuration": (["compare", "--data=digits", *SMALL, "--out={tmp}/claimed"], "config.json is damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong_files(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("wrong")
+    (tmp / "empty").mkdir()
+    for label in ("a", "b"):
+        (tmp / "pictures" / label).mkdir(parents=True)
+        for i in range(20):
+            (tmp / "pictures" / label / f"{i}.png").write_bytes(b"not a picture")
+    (tmp / "short.txt").write_text("too short")
+    (tmp / "broken.yaml").write_text("data: [digits\n  designs: {")
+    (tmp / "unknown.yaml").write_text("data: digits\ncolour: red\n")
+    assert main(["compare", "--data=digits", *SMALL, f"--out={tmp / 'finished'}"]) == 0
+    for path in (tmp / "finished" / "runs").iterdir():
+        path.write_text(path.read_text()[:50])
+    (tmp / "claimed").mkdir()
+    (tmp / "claimed" / "config.json").write_text("{")
+    return tmp
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_ends_in_one_sentence_and_nothing_is_overwritten(case, wrong_files, capsys):
+    arguments, named = WRONG[case]
+    before = {p: p.read_bytes() for p in wrong_files.rglob("*") if p.is_file()}
+    arguments = [a.replace("{tmp}", str(wrong_files)) for a in arguments]
+    if arguments[0] == "compare" and not any(a.startswith("--out") for a in arguments):
+        arguments.append(f"--out={wrong_files / 'new' / case.replace(' ', '-')}")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert len(error.strip().splitlines()) == 1
+    assert error.startswith("formix: ")
+    assert "Traceback" not in error
+    assert {p: p.read_bytes() for p in wrong_files.rglob("*") if p.is_file()} == before
+
+
+def test_help_lists_the_verbs(capsys):
+    assert main(["--help"]) == 0
+    assert "compare" in capsys.readouterr().out
+    assert main([]) == 2

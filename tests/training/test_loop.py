@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+from accelerate.utils import set_seed
+
+import formix
+from formix.training import TrainConfig, train
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture
+def run(digits, make_model):
+    def run_one(design: str = "softmax", *, model_seed: int = 0, **config):
+        set_seed(model_seed)
+        model = make_model(design)
+        settings = {"epochs": 2.0, "batch_size": 32, "precision": "float32", "evaluations": 2, **config}
+        return model, train(model, digits, TrainConfig(**settings))
+
+    return run_one
+
+
+@pytest.mark.parametrize("design", formix.list_designs())
+def test_every_design_learns(run, design):
+    _, result = run(design, epochs=12.0, lr=5e-3)
+    assert result.diverged is None
+    assert result.curve[-1].train_loss < 0.85 * result.curve[0].train_loss
+    assert result.validation > 0.2
+
+
+def test_the_same_seed_twice_gives_the_same_weights_to_the_last_bit(run):
+    (first, a), (second, b) = run(precision="bfloat16"), run(precision="bfloat16")
+    assert torch.equal(weights(first), weights(second))
+    assert [p.validation for p in a.curve] == [p.validation for p in b.curve]
+
+
+def test_another_seed_gives_other_batches(run):
+    assert not torch.equal(weights(run(seed=0)[0]), weights(run(seed=1)[0]))
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(run):
+    whole, parts = run(epochs=1.0)[0], run(epochs=1.0, accumulation=4)[0]
+    torch.testing.assert_close(weights(whole), weights(parts), atol=2e-4, rtol=0)
+    assert not torch.equal(weights(whole), weights(run(epochs=1.0, batch_size=8)[0]))
+
+
+def test_the_curve_has_the_asked_points_and_the_budget_is_kept(run, digits):
+    _, result = run(epochs=2.0, evaluations=4)
+    steps = math.ceil(len(digits.train) / 32)
+    assert [p.step for p in result.curve] == [steps // 2, steps, 3 * steps // 2, 2 * steps]
+    assert result.curve[-1].epoch == 2
+    assert result.samples == 2 * len(digits.train)
+
+
+def test_progress_reaches_one_and_never_falls(run, digits, make_model):
+    seen: list[float] = []
+    config = TrainConfig(epochs=1.0, batch_size=32, precision="float32")
+    train(make_model(), digits, config, on_progress=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+
+
+def test_a_budget_in_seconds_ends_the_run(run):
+    _, result = run(epochs=None, seconds=0.5)
+    assert 0.5 <= result.seconds < 5
+    assert result.curve[-1].seconds == pytest.approx(result.seconds, abs=0.2)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_where(digits, make_model):
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight.fill_(float("inf"))
+    result = train(model, digits, TrainConfig(lr=0.5, epochs=1.0, batch_size=32, precision="float32"))
+    assert result.diverged == "the loss became nan at step 1 with learning rate 0.5"
+    assert result.validation is None
+    assert result.samples == 32
+
+
+def test_biases_and_norms_are_not_decayed(run, make_model, digits):
+    model = make_model()
+    with torch.no_grad():
+        model.fc_norm.weight.fill_(1.0)
+    frozen = [p for n, p in model.named_parameters() if "fc_norm" not in n]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.head.weight.zero_()  # no gradient reaches the norm, so only decay could change it
+    config = TrainConfig(epochs=1.0, batch_size=128, weight_decay=0.9, lr=1e-5, warmup=0.0, precision="float32")
+    train(model, digits, config)
+    torch.testing.assert_close(model.fc_norm.weight, torch.ones_like(model.fc_norm.weight), atol=1e-3, rtol=0)

@@ -1,0 +1,66 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from formix.data import load_data
+from formix.training import evaluate, forward
+from formix.training.tasks import loss_of
+
+
+class FixedLogits(nn.Module):
+    """Answers with a bigram table, whatever came before; looks like a language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, input_ids):
+        return type("Output", (), {"logits": self.table[input_ids]})
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 200)
+    return load_data(f"text:{path}", sequence_length=16)
+
+
+def test_bits_per_byte_is_the_mean_over_all_targets(text):
+    model = FixedLogits()
+    nats, targets = 0.0, 0
+    for i in range(len(text.test)):
+        sample = text.test[i]
+        log_p = model.table.double().log_softmax(-1)[sample["input_ids"]]
+        nats -= log_p.gather(-1, sample["labels"][:, None]).sum().item()
+        targets += len(sample["labels"])
+    expected = nats / targets / math.log(2)
+    assert evaluate(model, text, "test") == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, text, "test", batch_size=7) == pytest.approx(expected, rel=1e-5)
+
+
+def test_accuracy_counts_every_sample_once_and_restores_the_mode(digits, make_model):
+    model = make_model().train()
+    accuracy = evaluate(model, digits, "test", batch_size=100)
+    assert model.training
+    model.eval()
+    hits = [
+        model(digits.test[i]["pixel_values"][None]).argmax() == digits.test[i]["labels"]
+        for i in range(len(digits.test))
+    ]
+    assert accuracy == pytest.approx(torch.stack(hits).double().mean().item())
+
+
+def test_losses_of_the_tasks(digits):
+    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
+    assert loss_of(logits, labels, digits, 0.1) == F.cross_entropy(logits, labels, label_smoothing=0.1)
+    regression = type("Regression", (), {"task": "sequence-regression"})()
+    scores = torch.randn(4)
+    assert loss_of(logits[:, :1], scores, regression) == F.mse_loss(logits[:, 0], scores)
+
+
+def test_forward_gives_image_logits(digits, make_model):
+    batch = digits.train.__getitems__([0, 1, 2])
+    assert forward(make_model(), batch).shape == (3, 10)
