@@ -5,7 +5,7 @@ import torch
 from accelerate.utils import set_seed
 
 import formix
-from formix.training import TrainConfig, train
+from formix.training import Objective, TrainConfig, forward, train
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -92,3 +92,17 @@ def test_biases_and_norms_are_not_decayed(run, make_model, digits):
     config = TrainConfig(epochs=1.0, batch_size=128, weight_decay=0.9, lr=1e-5, warmup=0.0, precision="float32")
     train(model, digits, config)
     torch.testing.assert_close(model.fc_norm.weight, torch.ones_like(model.fc_norm.weight), atol=1e-3, rtol=0)
+
+
+def test_an_objective_replaces_loss_and_metric(digits, make_model):
+    def distance(model, batch):
+        return (forward(model, batch) - 1).square().mean()
+
+    batch = digits.validation.__getitems__(range(16))
+    objective = Objective(loss=distance, metric=lambda model: distance(model, batch).item(), higher_is_better=False)
+    model = make_model()
+    before = distance(model, batch).item()
+    config = TrainConfig(epochs=6.0, lr=1e-2, batch_size=32, precision="float32")
+    result = train(model, digits, config, objective=objective)
+    assert result.validation < before / 2
+    assert result.validation == pytest.approx(distance(model.eval(), batch).item())

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from formix.data import Batch, Data, collate
 from formix.training.config import TrainConfig
-from formix.training.tasks import evaluate, forward, loss_of
+from formix.training.tasks import Objective, task_objective
 
 _log = logging.getLogger("formix")
 
@@ -31,7 +31,7 @@ class Point:
     epoch: float  # passes over the training split so far
     seconds: float  # spent in training so far, evaluations left out
     train_loss: float  # mean since the evaluation before
-    validation: float  # metric on the validation split
+    validation: float  # the objective's metric
 
 
 @dataclass(kw_only=True)
@@ -63,6 +63,7 @@ def train(
     data: Data,
     config: TrainConfig,
     *,
+    objective: Objective | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place with AdamW, linear warm-up and cosine decay.
@@ -71,11 +72,13 @@ def train(
     the same seed twice gives the same weights to the last bit (with a budget in epochs).
 
     Args:
+        objective: the loss of a batch and the metric of the curve; None: those of the data's task.
         on_progress: called after every step with the share of the budget that is spent.
 
     Returns:
         The learning curve; a loss that is no finite number ends the run and is said in `diverged`.
     """
+    objective = objective or task_objective(data, config.label_smoothing)
     set_seed(config.seed)
     accelerator = Accelerator(gradient_accumulation_steps=config.accumulation)
     half = uses_bfloat16(config.precision)
@@ -103,8 +106,7 @@ def train(
             group["lr"] = config.lr * config.lr_factor(progress if config.seconds else (step + 0.5) / total)
         with accelerator.accumulate(model):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
-                logits = forward(model, batch)
-            loss = loss_of(logits, batch["labels"], data, config.label_smoothing)
+                loss = objective.loss(model, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients and config.clip:
                 accelerator.clip_grad_norm_(model.parameters(), config.clip)
@@ -124,7 +126,7 @@ def train(
         if progress >= due / config.evaluations or progress >= 1:
             clock.pause()
             mean = torch.stack(losses).mean().item()
-            metric = evaluate(model, data, "validation")
+            metric = objective.metric(model)
             seconds, epoch = clock.seconds, step / steps_per_epoch
             result.curve.append(Point(step=step, epoch=epoch, seconds=seconds, train_loss=mean, validation=metric))
             losses.clear()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +32,24 @@ def loss_of(logits: Tensor, labels: Tensor, data: Data, label_smoothing: float =
     if data.task == "sequence-regression":
         return F.mse_loss(logits[:, 0], labels)
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a run minimises, and what its model is judged by."""
+
+    loss: Callable[[nn.Module, Batch], Tensor]  # mean over the batch's samples; called under the run's autocast
+    metric: Callable[[nn.Module], float]  # on held-out data, in evaluation mode; it restores the mode
+    higher_is_better: bool  # of the metric
+
+
+def task_objective(data: Data, label_smoothing: float = 0.0) -> Objective:
+    """The data's own: cross-entropy or squared error, and the data's metric on the validation split."""
+    return Objective(
+        loss=lambda model, batch: loss_of(forward(model, batch), batch["labels"], data, label_smoothing),
+        metric=lambda model: evaluate(model, data, "validation"),
+        higher_is_better=data.higher_is_better,
+    )
 
 
 @torch.no_grad()
