@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from formix.comparison.results import CurvePoint, DesignRecord, Environment, Results, RunRecord, Task
+from formix.comparison.results import CurvePoint, DesignRecord, Results, RunRecord, Task
+from formix.environment import Environment
 
 ENVIRONMENT = Environment(
     formix="0.0-synthetic",

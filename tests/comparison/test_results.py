@@ -12,11 +12,11 @@ from formix.comparison.results import (
     latency_settings,
     read_results,
     read_run,
-    write_atomically,
     write_csv,
     write_results,
     write_run,
 )
+from formix.records import write_atomically
 
 
 @pytest.mark.parametrize("name", ["images", "text"])
@@ -133,7 +133,7 @@ def test_broken_field(name, images, tmp_path):
     message = str(caught.value)
     assert expected in message
     assert str(path) in message
-    assert "run the comparison again" in message
+    assert "run formix compare again" in message
     assert "\n" not in message
 
 

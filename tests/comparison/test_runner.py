@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from formix.comparison import CompareConfig, compare, read_results
-from formix.comparison.environment import capture_environment
+from formix.environment import capture_environment
 
 SMALL = {
     "data": "digits",

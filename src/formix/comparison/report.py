@@ -15,7 +15,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from formix.comparison.results import Results, latency_settings, write_atomically
+from formix.comparison.results import Results, latency_settings
 from formix.comparison.statistics import (
     Summary,
     baseline_design,
@@ -37,6 +37,7 @@ from formix.comparison.tables import (
     title,
     with_deviation,
 )
+from formix.records import write_atomically
 
 __all__ = ["finding", "markdown_table", "print_table", "write_report"]
 

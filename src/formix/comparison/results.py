@@ -9,35 +9,19 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import math
 import os
-import types
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
+
+from formix.environment import Environment
+from formix.records import plain, read, write, write_atomically
 
 SCHEMA: Literal["formix.results/1"] = "formix.results/1"
 
 TaskKind = Literal["image-classification", "causal-lm", "sequence-classification", "sequence-regression"]
 Metric = Literal["accuracy", "bits_per_byte", "matthews_corrcoef", "spearman"]
 Status = Literal["ok", "diverged"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """The software and the machine of a comparison."""
-
-    formix: str  # version
-    python: str  # version
-    torch: str  # version
-    timm: str | None = None  # version; null when the task does not use it
-    transformers: str | None = None  # version; null when the task does not use it
-    cpu: str  # the processor's model name
-    instruction_set: str  # what PyTorch's kernels use, e.g. "AVX512"
-    threads: int  # threads PyTorch computes with
-    platform: str  # operating system and architecture
-    commit: str | None = None  # git commit of formix, when it runs from a checkout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,27 +127,24 @@ class Results:
             raise ValueError(f"runs selects two learning rates for {twice!r}, expected one per design")
 
 
-Record = TypeVar("Record", bound=Results | RunRecord)
-
-
 def read_results(path: str | os.PathLike[str]) -> Results:
     """Read and check a results file; a file that is not one is a ValueError naming the file and the field."""
-    return _read_file(Results, Path(path))
+    return read(Results, path, "formix compare")
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:
     """Read and check a file that holds a single run (what an interrupted comparison continues from)."""
-    return _read_file(RunRecord, Path(path))
+    return read(RunRecord, path, "formix compare")
 
 
 def write_results(results: Results, path: str | os.PathLike[str]) -> None:
     """Write a results file; the file appears complete or not at all. Numbers that are not finite become null."""
-    write_atomically(path, json.dumps(_plain(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write(results, path)
 
 
 def write_run(run: RunRecord, path: str | os.PathLike[str]) -> None:
     """Write one run; the file appears complete or not at all. Numbers that are not finite become null."""
-    write_atomically(path, json.dumps(_plain(run), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write(run, path)
 
 
 def write_csv(results: Results, path: str | os.PathLike[str]) -> None:
@@ -171,7 +152,7 @@ def write_csv(results: Results, path: str | os.PathLike[str]) -> None:
     timings = latency_settings(results)
     rows = []
     for run in results.runs:
-        row = {"data": results.task.data, "metric": results.task.metric, **_plain(run)}
+        row = {"data": results.task.data, "metric": results.task.metric, **plain(run)}
         for name in ("curve", "latency_ms"):
             del row[name]
         row["notes"] = " ".join(run.notes)
@@ -197,107 +178,6 @@ def latency_settings(results: Results) -> list[tuple[str, str]]:
         if value is not None
     }
     return sorted(pairs, key=lambda pair: (pair[0] != "float32", pair[0], int(pair[1])))
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the file at `path` in one step, so that a crash leaves the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_file(kind: type[Record], path: Path) -> Record:
-    remedy = "restore the file from a copy, or move it away and run the comparison again"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; give the path of a file that formix compare wrote") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); {remedy}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error.msg} at line {error.lineno}); {remedy}") from None
-    if kind is Results and isinstance(value, dict) and value.get("schema", SCHEMA) != SCHEMA:
-        raise ValueError(
-            f"{path}: schema is {value['schema']!r}, but this formix reads {SCHEMA!r}; "
-            "use the formix version that wrote the file, or run the comparison again"
-        )
-    try:
-        record: Record = _parse(kind, value, "")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {remedy}") from None
-    return record
-
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`, following the annotations of the dataclasses; `where` names the field in messages."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _parse_record(kind, value, where)
-    if origin in (types.UnionType, Union):  # only `X | None` occurs
-        return None if value is None else _parse(arguments[0], value, where)
-    if origin is Literal:
-        return value if value in arguments else _reject(where, value, "one of " + ", ".join(map(repr, arguments)))
-    if origin is dict:
-        entries = value if isinstance(value, dict) else _reject(where, value, "an object {...}")
-        return {key: _parse(arguments[1], entry, f"{where}.{key}") for key, entry in entries.items()}
-    if origin is tuple:
-        items = value if isinstance(value, list) else _reject(where, value, "a list [...]")
-        return tuple(_parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(items))
-    if kind is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if is_number else _reject(where, value, "a finite number")
-    if kind is int:
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        return value if is_count else _reject(where, value, "a whole number, 0 or more")
-    return value if isinstance(value, kind) else _reject(where, value, {str: "text", bool: "true or false"}[kind])
-
-
-def _parse_record(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        _reject(where or "the file", value, "an object {...}")
-    hints, prefix = get_type_hints(kind), f"{where}." if where else ""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for name in value:
-        if name not in fields:
-            raise ValueError(f"{prefix}{name} is not a field of this format")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if name not in value and (required or name == "schema"):
-            raise ValueError(f"{prefix}{name} is missing")
-    parsed = {name: _parse(hints[name], entry, f"{prefix}{name}") for name, entry in value.items()}
-    try:
-        return kind(**parsed)
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
-
-
-def _reject(where: str, value: Any, expected: str) -> Any:
-    shown = json.dumps(value, ensure_ascii=False)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    raise ValueError(f"{where} is {shown}, expected {expected}")
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and numbers as JSON has them."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _first_repeated(items: list[Any]) -> Any:

@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import set_seed
 
 from formix.comparison.config import CompareConfig
-from formix.comparison.environment import capture_environment
 from formix.comparison.measure import flops_per_item, latencies, step_memory
 from formix.comparison.models import build_model, default_model
 from formix.comparison.results import (
@@ -28,7 +27,6 @@ from formix.comparison.results import (
     RunRecord,
     Task,
     read_run,
-    write_atomically,
     write_csv,
     write_results,
     write_run,
@@ -36,6 +34,8 @@ from formix.comparison.results import (
 from formix.comparison.statistics import choose_learning_rate
 from formix.data import Data, load_data
 from formix.design import design as find_design
+from formix.environment import capture_environment
+from formix.records import write_atomically
 from formix.training import evaluate, train
 
 _log = logging.getLogger("formix")

@@ -1,15 +1,30 @@
-"""Where a comparison ran: versions, processor, threads."""
+"""Where something was measured: versions, processor, threads."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from formix.comparison.results import Environment
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The software and the machine of a measurement."""
+
+    formix: str  # version
+    python: str  # version
+    torch: str  # version
+    timm: str | None = None  # version; null when the task does not use it
+    transformers: str | None = None  # version; null when the task does not use it
+    cpu: str  # the processor's model name
+    instruction_set: str  # what PyTorch's kernels use, e.g. "AVX512"
+    threads: int  # threads PyTorch computes with
+    platform: str  # operating system and architecture
+    commit: str | None = None  # git commit of formix, when it runs from a checkout
 
 
 def capture_environment() -> Environment:
