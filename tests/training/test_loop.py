@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 from accelerate.utils import set_seed
 
 import formix
-from formix.training import Objective, TrainConfig, forward, train
+from formix.data.augmentation import Augmentation
+from formix.training import Objective, TrainConfig, evaluate, forward, train
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -106,3 +108,44 @@ def test_an_objective_replaces_loss_and_metric(digits, make_model):
     result = train(model, digits, config, objective=objective)
     assert result.validation < before / 2
     assert result.validation == pytest.approx(distance(model.eval(), batch).item())
+
+
+EVERYTHING = Augmentation(
+    crop=0.5, flip=0.5, policy="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0, repeats=2
+)
+
+
+def test_augmented_training_with_a_moving_average_is_repeatable_to_the_last_bit(run):
+    (first, a), (second, b) = (run(augmentation=EVERYTHING, ema=0.9, accumulation=2, epochs=1.0) for _ in range(2))
+    assert torch.equal(weights(first), weights(second))
+    assert a.curve == [dataclasses.replace(p, seconds=q.seconds) for p, q in zip(b.curve, a.curve, strict=True)]
+    assert not torch.equal(weights(first), weights(run(accumulation=2, epochs=1.0, ema=0.9)[0]))
+
+
+def test_the_model_ends_with_the_averaged_weights_which_are_what_is_evaluated(run, digits):
+    model, result = run(ema=0.9, epochs=3.0)
+    plain, _ = run(epochs=3.0)
+    assert not torch.equal(weights(model), weights(plain))
+    assert result.validation == evaluate(model, digits, "validation")
+
+
+def test_recomputed_activations_change_nothing(run):
+    assert torch.equal(weights(run(epochs=1.0)[0]), weights(run(epochs=1.0, activation_checkpointing=True)[0]))
+
+
+def test_float16_is_scaled_and_close_to_float32(run):
+    half, result = run(epochs=1.0, precision="float16")
+    assert result.diverged is None
+    torch.testing.assert_close(weights(half), weights(run(epochs=1.0)[0]), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_other_optimisers_learn(run, optimizer):
+    _, result = run(epochs=12.0, optimizer=optimizer, lr=0.3 if optimizer == "sgd" else 5e-3)
+    assert result.curve[-1].train_loss < 0.85 * result.curve[0].train_loss
+
+
+def test_a_model_without_numbered_blocks_cannot_recompute(digits):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    with pytest.raises(ValueError, match="cannot recompute"):
+        train(model, digits, TrainConfig(activation_checkpointing=True))

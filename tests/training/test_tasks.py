@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from formix.data import load_data
+from formix.data.masking import masked_lm
 from formix.training import evaluate, forward
 from formix.training.tasks import loss_of
 
@@ -13,9 +14,9 @@ from formix.training.tasks import loss_of
 class FixedLogits(nn.Module):
     """Answers with a bigram table, whatever came before; looks like a language model."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 256) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
+        self.table = nn.Parameter(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, input_ids):
         return type("Output", (), {"logits": self.table[input_ids]})
@@ -59,6 +60,34 @@ def test_losses_of_the_tasks(digits):
     regression = type("Regression", (), {"task": "sequence-regression"})()
     scores = torch.randn(4)
     assert loss_of(logits[:, :1], scores, regression) == F.mse_loss(logits[:, 0], scores)
+
+
+def test_sigmoid_loss_is_a_binary_question_per_class_summed(digits):
+    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
+    hot = F.one_hot(labels, 10)
+    expected = -(hot * logits.sigmoid().log() + (1 - hot) * (1 - logits.sigmoid()).log()).sum(1).mean()
+    torch.testing.assert_close(loss_of(logits, labels, digits, loss="sigmoid"), expected)
+    torch.testing.assert_close(loss_of(logits, hot.float(), digits, loss="sigmoid"), expected)
+
+
+def test_labels_that_are_distributions_and_labels_that_do_not_count(digits):
+    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, -100, 4])
+    soft = F.one_hot(labels[[0, 1, 3]], 10).float()
+    for smoothing in (0.0, 0.1):
+        expected = loss_of(logits[[0, 1, 3]], soft, digits, smoothing)
+        torch.testing.assert_close(loss_of(logits, labels, digits, smoothing), expected)
+
+
+def test_perplexity_is_of_the_masked_tokens_alone(text):
+    data, model = masked_lm(text), FixedLogits(258)
+    nats, targets = 0.0, 0
+    for i in range(len(data.test)):
+        sample = data.test[i]
+        log_p = model.table.double().log_softmax(-1)[sample["input_ids"]]
+        chosen = sample["labels"] >= 0
+        nats -= log_p[chosen].gather(-1, sample["labels"][chosen][:, None]).sum().item()
+        targets += int(chosen.sum())
+    assert evaluate(model, data, "test", batch_size=7) == pytest.approx(math.exp(nats / targets), rel=1e-5)
 
 
 def test_forward_gives_image_logits(digits, make_model):

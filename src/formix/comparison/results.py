@@ -19,8 +19,8 @@ from formix.records import plain, read, write, write_atomically
 
 SCHEMA: Literal["formix.results/1"] = "formix.results/1"
 
-TaskKind = Literal["image-classification", "causal-lm", "sequence-classification", "sequence-regression"]
-Metric = Literal["accuracy", "bits_per_byte", "matthews_corrcoef", "spearman"]
+TaskKind = Literal["image-classification", "causal-lm", "masked-lm", "sequence-classification", "sequence-regression"]
+Metric = Literal["accuracy", "bits_per_byte", "perplexity", "matthews_corrcoef", "spearman"]
 Status = Literal["ok", "diverged"]
 
 

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 METRICS = {
     "accuracy": "accuracy",
     "bits_per_byte": "bits per byte",
+    "perplexity": "perplexity",
     "matthews_corrcoef": "Matthews correlation",
     "spearman": "Spearman correlation",
 }
 ITEMS = {
     "image-classification": "image",
     "causal-lm": "sequence",
+    "masked-lm": "sequence",
     "sequence-classification": "sequence",
     "sequence-regression": "sequence",
 }

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Batch = dict[str, Tensor]
-Task = Literal["image-classification", "causal-lm", "sequence-classification", "sequence-regression"]
-Metric = Literal["accuracy", "bits_per_byte", "matthews_corrcoef", "spearman"]
+Task = Literal["image-classification", "causal-lm", "masked-lm", "sequence-classification", "sequence-regression"]
+Metric = Literal["accuracy", "bits_per_byte", "perplexity", "matthews_corrcoef", "spearman"]
 SPLITS = ("train", "validation", "test")
 
 
@@ -54,7 +54,8 @@ class Data:
     """Data for one task, as `load_data` returns it.
 
     Batches carry transformers' names. Images: `pixel_values` float32 [B, C, H, W], normalised, and `labels` int64 [B].
-    Language modelling: `input_ids` and `labels` int64 [B, T], where `labels` are the next tokens, already shifted.
+    Language modelling: `input_ids` and `labels` int64 [B, T], where `labels` are the next tokens, already shifted;
+    masked, the tokens themselves where they are to be predicted and -100 elsewhere.
     Sentences: `input_ids`, `attention_mask`, `token_type_ids` int64 [B, T], padded to the longest of the batch, and
     `labels`, int64 [B] for classes or float32 [B] for scores.
     """

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from formix.data.augmentation import Augmentation
+from formix.training.schedules import Schedule, lr_factor
+
+OptimizerName = Literal["adamw", "adam", "sgd"]
+Loss = Literal["softmax", "sigmoid"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+CHOICES = {"optimizer": OptimizerName, "schedule": Schedule, "loss": Loss, "precision": Precision}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Budget, optimiser and precision of one training run."""
 
-    lr: float = 1e-3  # peak learning rate of AdamW
+    lr: float = 1e-3  # peak learning rate
     epochs: float | None = 10.0  # passes over the training split; None with `seconds`
     seconds: float | None = None  # wall-clock budget instead of epochs; runs are then not repeatable to the last bit
     batch_size: int = 128  # samples per optimiser step
     accumulation: int = 1  # parts that a batch is divided into to save memory; the gradient is that of the whole
+    optimizer: OptimizerName = "adamw"  # sgd has Nesterov's momentum
     weight_decay: float = 0.05  # of weight matrices only, not of biases and norms
-    beta2: float = 0.999  # AdamW's second moment
-    warmup: float = 0.1  # share of the budget in which the learning rate rises linearly; a cosine to 0 follows
+    independent_decay: bool = False  # decay by weight_decay x schedule, not multiplied by lr (big_vision's rule)
+    layer_decay: float = 1.0  # factor on the learning rate from each layer to the one below (fine-tuning: 0.65 to 0.9)
+    beta1: float = 0.9  # Adam's first moment, or SGD's momentum
+    beta2: float = 0.999  # Adam's second moment
+    eps: float = 1e-8  # Adam's
+    schedule: Schedule = "cosine"  # of the learning rate, after the warm-up; see formix.training.schedules
+    warmup: float = 0.1  # share of the budget in which the learning rate rises linearly
+    cooldown: float = 0.0  # share of the budget at its end in which constant and rsqrt fall linearly
+    lr_floor: float = 0.0  # where the learning rate ends, as a share of lr
     clip: float = 1.0  # largest norm of the gradient; 0 turns clipping off
+    loss: Loss = "softmax"  # of classes: cross-entropy, or one binary one per class, summed
     label_smoothing: float = 0.0  # classification only
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the processor has it
+    augmentation: Augmentation = field(default_factory=Augmentation)  # of training images
+    ema: float = 0.0  # decay of the moving average of the weights, which is what is then evaluated; 0: none
+    precision: Precision = "auto"  # autocast; auto: bfloat16 where it is fast
+    activation_checkpointing: bool = False  # compute activations again in the backward pass: slower, less memory
+    compile: bool = False  # torch.compile; the first steps then take minutes
     evaluations: int = 5  # evenly spaced evaluations on the validation split, the last one at the end
     seed: int = 0  # weights, order of batches, dropout
 
@@ -33,7 +54,7 @@ class TrainConfig:
             if value is not None and not (0 < value < math.inf):
                 raise ValueError(f"{name} is {value}; it must be above 0 and finite.")
         if self.lr > 10:
-            raise ValueError(f"lr is {self.lr}; a learning rate of AdamW lies between 1e-6 and 1e-1 or so.")
+            raise ValueError(f"lr is {self.lr}; a learning rate lies between 1e-6 and 1 or so.")
         for name in ("batch_size", "accumulation", "evaluations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
@@ -41,19 +62,35 @@ class TrainConfig:
             raise ValueError(
                 f"accumulation is {self.accumulation}, more than the {self.batch_size} samples of a batch."
             )
-        for name in ("warmup", "beta2", "label_smoothing"):
+        for name in ("warmup", "cooldown", "beta1", "beta2", "label_smoothing", "lr_floor", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
-        for name in ("weight_decay", "clip"):
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1.")
+        for name in ("weight_decay", "clip", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and 0 or more.")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"precision is {self.precision!r}; it must be 'auto', 'float32' or 'bfloat16'.")
+        for name, choice in CHOICES.items():
+            allowed = get_args(choice)
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {_either(allowed)}.")
+        if self.warmup + self.cooldown > 1:
+            raise ValueError(
+                f"warmup {self.warmup} and cooldown {self.cooldown} are more than the whole run; make them smaller."
+            )
+        if self.schedule == "cosine" and self.cooldown:
+            raise ValueError(
+                f"cooldown is {self.cooldown}, and a cosine falls by itself; use it with constant or rsqrt."
+            )
+        if self.schedule == "rsqrt" and not self.warmup:
+            raise ValueError("schedule is 'rsqrt' and warmup is 0; the warm-up is what its decay is measured in.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must be between 0 and {2**32 - 1}.")
 
     def lr_factor(self, progress: float) -> float:
         """Share of the peak learning rate when `progress` (0 to 1) of the budget is spent."""
-        if progress < self.warmup:
-            return progress / self.warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - self.warmup) / (1 - self.warmup))))
+        return lr_factor(progress, self.schedule, warmup=self.warmup, cooldown=self.cooldown, floor=self.lr_floor)
+
+
+def _either(allowed: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -12,12 +13,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import DataLoader
 
 from formix.data import Batch, Data, collate
+from formix.data.augmentation import augmented
+from formix.data.draws import EpochSampler
+from formix.training.acceleration import recompute_activations
 from formix.training.config import TrainConfig
+from formix.training.ema import Ema
+from formix.training.optimizers import make_optimizer, set_learning_rate
 from formix.training.tasks import Objective, task_objective
 
 _log = logging.getLogger("formix")
@@ -49,13 +54,15 @@ class TrainResult:
         return self.curve[-1].validation if self.curve and not self.diverged else None
 
 
-def uses_bfloat16(precision: str) -> bool:
-    """Whether to train under bfloat16 autocast; "auto" does where the hardware multiplies bfloat16 numbers."""
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What to compute in, None for the weights' own float32; "auto": bfloat16 where the hardware multiplies it."""
     if precision == "auto":
         if torch.cuda.is_available():
-            return torch.cuda.is_bf16_supported()
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return precision == "bfloat16"
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else None
+    return None if precision == "float32" else getattr(torch, precision)
 
 
 def train(
@@ -66,10 +73,10 @@ def train(
     objective: Objective | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> TrainResult:
-    """Train `model` in place with AdamW, linear warm-up and cosine decay.
+    """Train `model` in place; with `ema`, its weights are at the end the moving average, which is what is evaluated.
 
-    The order of batches depends on the seed alone, so models compared under one seed see the same batches. On the CPU
-    the same seed twice gives the same weights to the last bit (with a budget in epochs).
+    The order of batches and their augmentation depend on the seed alone, so models compared under one seed see the same
+    batches. On the CPU the same seed twice gives the same weights to the last bit (with a budget in epochs).
 
     Args:
         objective: the loss of a batch and the metric of the curve; None: those of the data's task.
@@ -78,21 +85,25 @@ def train(
     Returns:
         The learning curve; a loss that is no finite number ends the run and is said in `diverged`.
     """
-    objective = objective or task_objective(data, config.label_smoothing)
+    objective = objective or task_objective(data, config.label_smoothing, config.loss)
     set_seed(config.seed)
     accelerator = Accelerator(gradient_accumulation_steps=config.accumulation)
-    half = uses_bfloat16(config.precision)
+    half = autocast_dtype(config.precision)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half == torch.float16)
+    training = augmented(data, config.augmentation, config.seed).train
     loader = DataLoader(
-        data.train,
+        training,
         batch_size=max(1, config.batch_size // config.accumulation),
-        shuffle=True,
+        sampler=EpochSampler(training, config.seed),
         collate_fn=collate,
-        generator=torch.Generator().manual_seed(config.seed),
     )
-    optimizer = create_optimizer_v2(  # no decay of biases, norms and what the model's no_weight_decay() names
-        model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, config.beta2), fused=True
-    )
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if config.activation_checkpointing:
+        recompute_activations(model)
+    if config.compile:
+        model.compile()
+    model, optimizer, loader = accelerator.prepare(model, make_optimizer(model, config), loader)
+    bare = accelerator.unwrap_model(model)
+    ema = Ema(bare, config.ema) if config.ema else None
     steps_per_epoch = math.ceil(len(loader) / config.accumulation)
     total = math.inf if config.epochs is None else max(1, round(config.epochs * steps_per_epoch))
     clock = _Clock()
@@ -102,21 +113,26 @@ def train(
     model.train()
     for batch in _forever(loader):
         progress = _progress(step, total, clock.seconds, config)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * config.lr_factor(progress if config.seconds else (step + 0.5) / total)
+        factor = config.lr_factor(progress if config.seconds else (step + 0.5) / total)
+        set_learning_rate(optimizer, config.lr * factor)
         with accelerator.accumulate(model):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+            with torch.autocast(accelerator.device.type, half, enabled=half is not None):
                 loss = objective.loss(model, batch)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients and config.clip:
-                accelerator.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            accelerator.backward(scaler.scale(loss))
+            if accelerator.sync_gradients:
+                scaler.unscale_(optimizer)
+                if config.clip:
+                    accelerator.clip_grad_norm_(model.parameters(), config.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
         losses.append(loss.detach())
         result.samples += batch["labels"].shape[0]
         if not accelerator.sync_gradients:
             continue
         step += 1
+        if ema is not None:
+            ema.update(bare)
         progress = _progress(step, total, clock.seconds, config)
         if on_progress is not None:
             on_progress(min(1.0, progress))
@@ -126,7 +142,8 @@ def train(
         if progress >= due / config.evaluations or progress >= 1:
             clock.pause()
             mean = torch.stack(losses).mean().item()
-            metric = objective.metric(model)
+            with ema.applied(bare) if ema is not None else contextlib.nullcontext():
+                metric = objective.metric(model)
             seconds, epoch = clock.seconds, step / steps_per_epoch
             result.curve.append(Point(step=step, epoch=epoch, seconds=seconds, train_loss=mean, validation=metric))
             losses.clear()
@@ -135,6 +152,8 @@ def train(
         if progress >= 1:
             break
     clock.pause()
+    if ema is not None:
+        ema.copy_to(bare)
     result.seconds = clock.seconds
     return result
 

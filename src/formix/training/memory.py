@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from formix.data import Batch, Data
-from formix.training.loop import uses_bfloat16
+from formix.training.loop import autocast_dtype
 from formix.training.tasks import forward, loss_of
 
 
@@ -47,9 +47,10 @@ def peak_step_memory(model: nn.Module, data: Data, batch: Batch, precision: str 
     device = next(model.parameters()).device
     batch = {k: v.to(device) for k, v in batch.items()}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    half = autocast_dtype(precision)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(precision)):
+        with torch.autocast(device.type, half, enabled=half is not None):
             logits = forward(model, batch)
         loss_of(logits, batch["labels"], data).backward()
         optimizer.step()

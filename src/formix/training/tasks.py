@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional import matthews_corrcoef, spearman_corrcoef
 
 from formix.data import Batch, BatchDataset, Data, collate
+from formix.training.config import Loss
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -26,12 +27,23 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     return output.logits
 
 
-def loss_of(logits: Tensor, labels: Tensor, data: Data, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy in nats, or the mean squared error of a regression; in float32."""
+def loss_of(logits: Tensor, labels: Tensor, data: Data, label_smoothing: float = 0.0, loss: Loss = "softmax") -> Tensor:
+    """Mean cross-entropy in nats, or the mean squared error of a regression; in float32.
+
+    Labels are class indices, of which -100 does not count, or after mixup distributions [B, classes]. With "sigmoid",
+    every class is a binary question of its own and their cross-entropies are summed (big_vision's sigmoid_xent).
+    """
     logits = logits.float()
     if data.task == "sequence-regression":
         return F.mse_loss(logits[:, 0], labels)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=label_smoothing)
+    logits = logits.flatten(0, -2)  # [B, classes]
+    labels = labels if labels.is_floating_point() else labels.flatten()
+    if loss == "sigmoid":
+        classes = logits.shape[-1]
+        targets = labels if labels.is_floating_point() else F.one_hot(labels, classes).float()
+        targets = targets * (1 - label_smoothing) + label_smoothing / classes
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1).mean()
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +55,10 @@ class Objective:
     higher_is_better: bool  # of the metric
 
 
-def task_objective(data: Data, label_smoothing: float = 0.0) -> Objective:
+def task_objective(data: Data, label_smoothing: float = 0.0, loss: Loss = "softmax") -> Objective:
     """The data's own: cross-entropy or squared error, and the data's metric on the validation split."""
     return Objective(
-        loss=lambda model, batch: loss_of(forward(model, batch), batch["labels"], data, label_smoothing),
+        loss=lambda model, batch: loss_of(forward(model, batch), batch["labels"], data, label_smoothing, loss),
         metric=lambda model: evaluate(model, data, "validation"),
         higher_is_better=data.higher_is_better,
     )
@@ -56,7 +68,8 @@ def task_objective(data: Data, label_smoothing: float = 0.0) -> Objective:
 def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256) -> float:
     """The data's metric on a split, in evaluation mode and the weights' own precision; every sample counts once.
 
-    accuracy in [0, 1]; bits_per_byte = nats per target / ln 2 / bytes per target; Matthews and Spearman correlations.
+    accuracy in [0, 1]; bits_per_byte = nats per target / ln 2 / bytes per target; perplexity = exp(nats per target) of
+    masked tokens; Matthews and Spearman correlations.
     """
     dataset: BatchDataset = getattr(data, split)
     was_training, device = model.training, next(model.parameters()).device
@@ -67,13 +80,15 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
         batch = {k: v.to(device) for k, v in batch.items()}
         logits = forward(model, batch).float()
-        if data.metric == "bits_per_byte":
+        if data.metric in ("bits_per_byte", "perplexity"):
             nats += F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), reduction="sum").double().item()
-            targets += batch["labels"].numel()
+            targets += int((batch["labels"] >= 0).sum())
         else:
             outputs.append(logits[:, 0] if data.task == "sequence-regression" else logits.argmax(-1))
             labels.append(batch["labels"])
     model.train(was_training)
+    if data.metric == "perplexity":
+        return math.exp(min(nats / targets, 700.0))  # a double ends at exp(709)
     if data.metric == "bits_per_byte":
         assert data.bytes_per_target is not None
         return nats / targets / math.log(2) / data.bytes_per_target[split]
