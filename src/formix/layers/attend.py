@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +12,20 @@ from torch import Tensor
 from formix.design import GatedUnit, Mixer, Pointwise, Sima, Softmax
 from formix.ops import l1_attention, pointwise_attention
 from formix.ops.masks import repeat_heads, visible_mask
+
+# mixer, query, key and the boolean mask of visible pairs, if there is one
+Watcher = Callable[[Mixer, Tensor, Tensor, Tensor | None], None]
+_watchers: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Inside, `watcher` sees what goes into every `attend`, for diagnostics."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 def attend(
@@ -31,6 +48,9 @@ def attend(
         ValueError: a mask that the mixer cannot have, or a causal SimA.
     """
     grouped = query.shape[1] != key.shape[1]
+    for watcher in _watchers:
+        boolean = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > float("-inf")
+        watcher(mixer, query, key, visible_mask(boolean, is_causal, query, key))
     match mixer:
         case Softmax():
             if is_causal and attn_mask is not None:
