@@ -15,7 +15,7 @@ def digits() -> Data:
     return load_data("digits", limit=128)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Any:
     def make(design: str = "softmax", **kwargs: Any) -> Any:
         arguments = {**TINY, "img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, **kwargs}

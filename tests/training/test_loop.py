@@ -60,7 +60,7 @@ def test_the_curve_has_the_asked_points_and_the_budget_is_kept(run, digits):
 def test_progress_reaches_one_and_never_falls(run, digits, make_model):
     seen: list[float] = []
     config = TrainConfig(epochs=1.0, batch_size=32, precision="float32")
-    train(make_model(), digits, config, on_progress=seen.append)
+    train(make_model(), digits, config, on_step=lambda step: seen.append(step.progress))
     assert seen == sorted(seen)
     assert seen[-1] == 1
 

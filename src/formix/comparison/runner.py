@@ -36,7 +36,7 @@ from formix.data import Data, load_data
 from formix.design import design as find_design
 from formix.environment import capture_environment
 from formix.records import write_atomically
-from formix.training import evaluate, train
+from formix.training import Step, evaluate, train
 
 _log = logging.getLogger("formix")
 
@@ -135,10 +135,10 @@ class _Job:
         if self.on_progress is not None:
             display, number = self.on_progress, self.done
 
-            def report(share: float) -> None:
-                display(Progress(run=number, runs=self.total, label=label, share=share))
+            def report(step: Step) -> None:
+                display(Progress(run=number, runs=self.total, label=label, share=step.progress))
 
-        result = train(model, self.data, training, on_progress=report)
+        result = train(model, self.data, training, on_step=report)
         record = RunRecord(
             design=name,
             seed=seed,

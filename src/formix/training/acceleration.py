@@ -1,10 +1,22 @@
-"""Time for memory and back: recomputed activations, compiled models."""
+"""Faster or smaller: autocast, recomputed activations."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What to compute in, None for the weights' own float32; "auto": bfloat16 where the hardware multiplies it."""
+    if precision == "auto":
+        if torch.cuda.is_available():
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else None
+    return None if precision == "float32" else getattr(torch, precision)
 
 
 def recompute_activations(model: nn.Module) -> None:

@@ -12,7 +12,14 @@ from formix.training.schedules import Schedule, lr_factor
 OptimizerName = Literal["adamw", "adam", "sgd"]
 Loss = Literal["softmax", "sigmoid"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-CHOICES = {"optimizer": OptimizerName, "schedule": Schedule, "loss": Loss, "precision": Precision}
+OnDivergence = Literal["stop", "rewind"]
+CHOICES = {
+    "optimizer": OptimizerName,
+    "schedule": Schedule,
+    "loss": Loss,
+    "precision": Precision,
+    "on_divergence": OnDivergence,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,8 @@ class TrainConfig:
     cooldown: float = 0.0  # share of the budget at its end in which constant and rsqrt fall linearly
     lr_floor: float = 0.0  # where the learning rate ends, as a share of lr
     clip: float = 1.0  # largest norm of the gradient; 0 turns clipping off
+    spike: float = 0.0  # a loss above so many times the recent median is a divergence, as NaN is; 0: off
+    on_divergence: OnDivergence = "stop"  # rewind: to the last checkpoint, then on with the data after the divergence
     loss: Loss = "softmax"  # of classes: cross-entropy, or one binary one per class, summed
     label_smoothing: float = 0.0  # classification only
     augmentation: Augmentation = field(default_factory=Augmentation)  # of training images
@@ -67,7 +76,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}; it must be above 0 and at most 1.")
-        for name in ("weight_decay", "clip", "eps"):
+        for name in ("weight_decay", "clip", "eps", "spike"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and 0 or more.")
         for name, choice in CHOICES.items():

@@ -1,68 +1,49 @@
-"""The training loop, for every task, on accelerate."""
+"""The training loop, for every task, on one process or many."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import math
-import time
+import signal
+import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
-from torch.utils.data import DataLoader
 
-from formix.data import Batch, Data, collate
+from formix.data import Batch, Data
 from formix.data.augmentation import augmented
-from formix.data.draws import EpochSampler
-from formix.training.acceleration import recompute_activations
+from formix.training.acceleration import autocast_dtype, recompute_activations
+from formix.training.checkpoint import Checkpoints
+from formix.training.clock import Clock
 from formix.training.config import TrainConfig
 from formix.training.ema import Ema
 from formix.training.optimizers import make_optimizer, set_learning_rate
+from formix.training.order import BatchOrder
+from formix.training.parallel import Parallel, distribute, from_first, process_count, start, summed, synchronised, whole
+from formix.training.progress import Place, Point, Step, TrainResult
+from formix.training.signals import Interrupted, SignalBox, collected_signals
+from formix.training.state import (
+    export,
+    make_optimizer_state,
+    make_skeleton,
+    named_tensors,
+    random_states,
+    set_random_states,
+)
 from formix.training.tasks import Objective, task_objective
 
 _log = logging.getLogger("formix")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One evaluation on the way."""
-
-    step: int  # optimiser steps so far
-    epoch: float  # passes over the training split so far
-    seconds: float  # spent in training so far, evaluations left out
-    train_loss: float  # mean since the evaluation before
-    validation: float  # the objective's metric
-
-
-@dataclass(kw_only=True)
-class TrainResult:
-    """What became of a training run."""
-
-    curve: list[Point] = field(default_factory=list)
-    seconds: float = 0.0  # training alone, without evaluations
-    samples: int = 0  # that went through the model
-    diverged: str | None = None  # the sentence that says when the loss was no number any more
-
-    @property
-    def validation(self) -> float | None:
-        """The metric at the end."""
-        return self.curve[-1].validation if self.curve and not self.diverged else None
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What to compute in, None for the weights' own float32; "auto": bfloat16 where the hardware multiplies it."""
-    if precision == "auto":
-        if torch.cuda.is_available():
-            fast = torch.cuda.is_bf16_supported()
-        else:
-            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else None
-    return None if precision == "float32" else getattr(torch, precision)
+STEPS_PER_LOOK = 16  # on accelerators, where looking at a loss waits for it; on a CPU every step is looked at
+REWINDS = 3  # returns to a checkpoint before a run that diverges again is ended
+RECENT = 32  # losses whose median a spike is measured by
+HARMLESS = ("compile", "activation_checkpointing", "spike", "on_divergence")  # may differ when a run goes on
 
 
 def train(
@@ -71,115 +52,263 @@ def train(
     config: TrainConfig,
     *,
     objective: Objective | None = None,
-    on_progress: Callable[[float], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    parallel: Parallel = "ddp",
+    workers: int = 0,
+    on_step: Callable[[Step], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place; with `ema`, its weights are at the end the moving average, which is what is evaluated.
 
     The order of batches and their augmentation depend on the seed alone, so models compared under one seed see the same
-    batches. On the CPU the same seed twice gives the same weights to the last bit (with a budget in epochs).
+    batches, and so does any number of processes: a batch is divided among those that torchrun or accelerate launch
+    started. On the CPU the same seed twice gives the same weights to the last bit (with a budget in epochs).
 
     Args:
         objective: the loss of a batch and the metric of the curve; None: those of the data's task.
-        on_progress: called after every step with the share of the budget that is spent.
+        checkpoints: where to keep the state. A run that finds an intact one there goes on from it, on the CPU to the
+            same weights as if it had never stopped; SIGTERM and SIGINT then save before they end it.
+        parallel: with several processes, copies of the model (ddp) or shards of it (fsdp).
+        workers: processes that load data; 0: this one.
+        on_step: called on the first process after every step, later and several at a time on accelerators.
 
     Returns:
-        The learning curve; a loss that is no finite number ends the run and is said in `diverged`.
+        The learning curve. A loss that is no finite number, or above `spike`, returns the run to its last checkpoint or
+        ends it (`on_divergence`), which is said in `diverged`.
+
+    Raises:
+        ValueError: checkpoints of another run, damaged ones alone, or one that cannot be written.
+        Interrupted: a signal ended the run; its state is saved.
     """
-    objective = objective or task_objective(data, config.label_smoothing, config.loss)
-    set_seed(config.seed)
-    accelerator = Accelerator(gradient_accumulation_steps=config.accumulation)
-    half = autocast_dtype(config.precision)
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=half == torch.float16)
-    training = augmented(data, config.augmentation, config.seed).train
-    loader = DataLoader(
-        training,
-        batch_size=max(1, config.batch_size // config.accumulation),
-        sampler=EpochSampler(training, config.seed),
-        collate_fn=collate,
-    )
-    if config.activation_checkpointing:
-        recompute_activations(model)
-    if config.compile:
-        model.compile()
-    model, optimizer, loader = accelerator.prepare(model, make_optimizer(model, config), loader)
-    bare = accelerator.unwrap_model(model)
-    ema = Ema(bare, config.ema) if config.ema else None
-    steps_per_epoch = math.ceil(len(loader) / config.accumulation)
-    total = math.inf if config.epochs is None else max(1, round(config.epochs * steps_per_epoch))
-    clock = _Clock()
-    result = TrainResult()
-    losses: list[torch.Tensor] = []
-    step, due = 0, 1
-    model.train()
-    for batch in _forever(loader):
-        progress = _progress(step, total, clock.seconds, config)
-        factor = config.lr_factor(progress if config.seconds else (step + 0.5) / total)
-        set_learning_rate(optimizer, config.lr * factor)
-        with accelerator.accumulate(model):
-            with torch.autocast(accelerator.device.type, half, enabled=half is not None):
-                loss = objective.loss(model, batch)
-            accelerator.backward(scaler.scale(loss))
-            if accelerator.sync_gradients:
-                scaler.unscale_(optimizer)
-                if config.clip:
-                    accelerator.clip_grad_norm_(model.parameters(), config.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-        losses.append(loss.detach())
-        result.samples += batch["labels"].shape[0]
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        if ema is not None:
-            ema.update(bare)
-        progress = _progress(step, total, clock.seconds, config)
-        if on_progress is not None:
-            on_progress(min(1.0, progress))
-        if not math.isfinite(loss.item()):
-            result.diverged = f"the loss became {loss.item()} at step {step} with learning rate {config.lr:g}"
-            break
-        if progress >= due / config.evaluations or progress >= 1:
-            clock.pause()
-            mean = torch.stack(losses).mean().item()
-            with ema.applied(bare) if ema is not None else contextlib.nullcontext():
-                metric = objective.metric(model)
-            seconds, epoch = clock.seconds, step / steps_per_epoch
-            result.curve.append(Point(step=step, epoch=epoch, seconds=seconds, train_loss=mean, validation=metric))
-            losses.clear()
-            due = math.floor(progress * config.evaluations) + 1
-            clock.resume()
-        if progress >= 1:
-            break
-    clock.pause()
-    if ema is not None:
-        ema.copy_to(bare)
-    result.seconds = clock.seconds
-    return result
+    run = _Run(model, data, config, objective, checkpoints, parallel, workers)
+    with collected_signals() if checkpoints else contextlib.nullcontext(SignalBox()) as box:
+        return run.go(box, on_step or (lambda step: None))
 
 
-class _Clock:
-    """Seconds of training: it stands still during evaluations."""
+class _Run:
+    """A run under way. What changes from step to step is in `tensors` and `document`."""
 
-    def __init__(self) -> None:
-        self._spent, self._since = 0.0, time.perf_counter()
-        self._running = True
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        config: TrainConfig,
+        objective: Objective | None,
+        checkpoints: Checkpoints | None,
+        parallel: Parallel,
+        workers: int,
+    ) -> None:
+        self.config, self.checkpoints, self.workers = config, checkpoints, workers
+        self.objective = objective or task_objective(data, config.label_smoothing, config.loss)
+        self.device = start().device
+        self.process, self.processes = process_count()
+        set_seed(config.seed + self.process)  # for dropout, which differs between processes
+        self.dtype = autocast_dtype(config.precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if config.activation_checkpointing:
+            recompute_activations(model)
+        if config.compile:
+            model.compile()
+        self.skeleton = make_skeleton(model) if parallel == "fsdp" and self.processes > 1 and checkpoints else None
+        self.model = distribute(model, parallel, self.device)
+        self.whole = whole(self.model)
+        self.optimizer = make_optimizer(self.whole, config)
+        self.ema = Ema(self.whole, config.ema) if config.ema else None
+        self.order = BatchOrder(
+            augmented(data, config.augmentation, config.seed).train,
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            seed=config.seed,
+            process=self.process,
+            processes=self.processes,
+        )
+        steps = self.order.steps_per_epoch
+        self.total = math.inf if config.epochs is None else max(1, round(config.epochs * steps))
+        self.clock, self.place, self.result = Clock(), Place(), TrainResult()
+        self.pending: list[tuple[Step, torch.Tensor]] = []  # steps whose losses were not looked at yet
+        self.look_every = 1 if self.device.type == "cpu" else STEPS_PER_LOOK
 
-    @property
-    def seconds(self) -> float:
-        return self._spent + (time.perf_counter() - self._since if self._running else 0.0)
+    def go(self, box: SignalBox, on_step: Callable[[Step], None]) -> TrainResult:
+        if self.checkpoints is not None:
+            self._resume(self.checkpoints)
+        batches = self._batches()
+        self.model.train()
+        while (progress := self._progress()) < 1:
+            self._step(batches, progress)
+            progress = self._progress()
+            evaluate = progress >= min(1, self.place.due / self.config.evaluations)
+            if not evaluate and self.place.step % self.look_every:
+                continue
+            steps, stop, save = self._look(box, progress)
+            if self.result.diverged is not None:
+                if not self._rewind():
+                    break
+                batches = self._batches()
+                continue
+            if evaluate:
+                steps[-1] = dataclasses.replace(steps[-1], point=self._evaluate(progress))
+            if self.process == 0:
+                for step in steps:
+                    on_step(step)
+            if self.checkpoints is not None and (save or stop or evaluate):
+                self._save(self.checkpoints)
+            if stop:
+                assert self.checkpoints is not None
+                raise Interrupted(stop, f"{self.checkpoints.latest} holds its state")
+        self.result.seconds = self.clock.seconds
+        if self.ema is not None:
+            self.ema.copy_to(self.whole)
+        return self.result
 
-    def pause(self) -> None:
-        self._spent, self._running = self.seconds, False
+    def _progress(self) -> float:
+        if self.config.seconds is None:
+            return self.place.step / self.total
+        return from_first(self.clock.seconds) / self.config.seconds
 
-    def resume(self) -> None:
-        self._since, self._running = time.perf_counter(), True
+    def _batches(self) -> Iterator[Batch]:
+        return iter(self.order.loader(self.place.epoch, self.place.batch, workers=self.workers))
 
+    def _step(self, batches: Iterator[Batch], progress: float) -> None:
+        """One step of the optimiser on the next batch."""
+        config, place = self.config, self.place
+        factor = config.lr_factor(progress if config.seconds else (place.step + 0.5) / self.total)
+        set_learning_rate(self.optimizer, config.lr * factor)
+        weights = self.order.weights(place.batch)
+        total: Any = 0.0
+        for number, weight in enumerate(weights, start=1):
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
+            with synchronised(self.model, last=number == len(weights)):
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    loss = self.objective.loss(self.model, batch)
+                loss = loss * weight if weight != 1 else loss
+                self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        if config.clip:
+            nn.utils.clip_grad_norm_(self.whole.parameters(), config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.whole)
+        self.result.samples += self.order.samples(place.batch)
+        place.step, place.batch = place.step + 1, place.batch + 1
+        if place.batch == self.order.steps_per_epoch:
+            place.epoch, place.batch = place.epoch + 1, 0
+        done = Step(
+            step=place.step,
+            epoch=place.epoch + place.batch / self.order.steps_per_epoch,
+            progress=math.nan,  # this and the loss are known after `_look`
+            loss=math.nan,
+            lr=config.lr * factor,
+            seconds=self.clock.seconds,
+            samples=self.result.samples,
+        )
+        self.pending.append((done, total))
 
-def _progress(step: int, total: float, seconds: float, config: TrainConfig) -> float:
-    return step / total if config.seconds is None else seconds / config.seconds
+    def _look(self, box: SignalBox, progress: float) -> tuple[list[Step], int, bool]:
+        """The last steps with their losses; the signal to stop for, and whether to save: agreed by all processes."""
+        save = self.checkpoints is not None and self.process == 0 and self.checkpoints.due(self.place.step)
+        flags = [box.received == signal.SIGTERM, box.received == signal.SIGINT, save]
+        losses = torch.stack([loss.float() / self.processes for _, loss in self.pending])
+        values = summed(torch.cat([losses, torch.tensor(flags, dtype=torch.float32, device=self.device)])).tolist()
+        steps = []
+        for (step, _), loss in zip(self.pending, values[:-3], strict=True):
+            steps.append(dataclasses.replace(step, loss=loss, progress=min(1.0, progress)))
+            self.result.diverged = self._judge(steps[-1])
+            if self.result.diverged is not None:
+                break
+        self.pending.clear()
+        terminated, interrupted, save = (value > 0 for value in values[-3:])
+        return steps, signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0, save
 
+    def _judge(self, step: Step) -> str | None:
+        """Take in a loss; what is wrong with it, in words."""
+        recent, spike = self.place.recent, self.config.spike
+        if not math.isfinite(step.loss):
+            return f"the loss became {step.loss} at step {step.step} with learning rate {self.config.lr:g}"
+        if spike and len(recent) == RECENT and step.loss > spike * (median := statistics.median(recent)):
+            return f"the loss rose to {step.loss:g} at step {step.step}, more than {spike:g} x the {median:g} before"
+        self.place.recent = [*recent[1 - RECENT :], step.loss]
+        self.place.loss_sum += step.loss
+        self.place.loss_count += 1
+        return None
 
-def _forever(loader: Any) -> Iterator[Batch]:
-    while True:
-        yield from loader
+    def _evaluate(self, progress: float) -> Point:
+        with self.clock:
+            with self.ema.applied(self.whole) if self.ema is not None else contextlib.nullcontext():
+                metric = self.objective.metric(self.whole)
+            place = self.place
+            point = Point(
+                step=place.step,
+                epoch=place.step / self.order.steps_per_epoch,
+                seconds=self.clock.seconds,
+                train_loss=place.loss_sum / place.loss_count,
+                validation=metric,
+            )
+            place.loss_sum, place.loss_count = 0.0, 0
+            place.due = math.floor(progress * self.config.evaluations) + 1
+            self.result.curve.append(point)
+        return point
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        with self.clock:
+            self.result.seconds = self.clock.seconds
+            curve = self.result.curve
+            state = {
+                "identity": checkpoints.identity,
+                "processes": self.processes,
+                "place": dataclasses.asdict(self.place),
+                "result": dataclasses.asdict(self.result),
+                "scaler": self.scaler.state_dict(),
+                "ema_steps": self.ema.steps if self.ema is not None else 0,
+                "validation": curve[-1].validation if curve and curve[-1].step == self.place.step else None,
+                "higher_is_better": self.objective.higher_is_better,
+            }
+            tensors = named_tensors(self.whole, self.optimizer, self.ema)
+            checkpoints.write(self.place.step, state, random_states(), tensors, self._export)
+
+    def _export(self, directory: Path) -> None:
+        assert self.checkpoints is not None
+        write = self.checkpoints.write_model
+        with self.ema.applied(self.whole) if self.ema is not None else contextlib.nullcontext():
+            export(self.whole, self.skeleton, lambda model: write(model, directory))
+
+    def _resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in HARMLESS}
+        checkpoints.identity = json.loads(json.dumps({**checkpoints.identity, **kept}))
+        if (path := checkpoints.open()) is not None:
+            self._restore(checkpoints, path)
+
+    def _restore(self, checkpoints: Checkpoints, path: Path) -> None:
+        state, random = checkpoints.read_state(path)
+        make_optimizer_state(self.whole, self.optimizer, checkpoints.stored_tensors(path))
+        checkpoints.read_tensors(path, named_tensors(self.whole, self.optimizer, self.ema))
+        self.place = Place(**state["place"])
+        curve = [Point(**point) for point in state["result"].pop("curve")]
+        self.result = TrainResult(curve=curve, **state["result"])
+        self.clock.set(self.result.seconds)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.steps = state["ema_steps"]
+        if random is not None:
+            set_random_states(random)
+        else:  # another number of processes
+            set_seed(self.config.seed + self.process + self.processes * self.place.step)
+        _log.info("going on from %s", path)
+
+    def _rewind(self) -> bool:
+        """After a divergence: return to the last checkpoint, and go on from there with the data that come now."""
+        checkpoints, reason = self.checkpoints, self.result.diverged
+        rewinds, epoch, batch = self.result.rewinds + 1, self.place.epoch, self.place.batch
+        if (
+            self.config.on_divergence == "stop"
+            or checkpoints is None
+            or checkpoints.latest is None
+            or rewinds > REWINDS
+        ):
+            return False
+        self._restore(checkpoints, checkpoints.latest)
+        self.place.epoch, self.place.batch, self.result.rewinds = epoch, batch, rewinds
+        _log.warning("%s: back to %s, without the data that led there.", reason, checkpoints.latest)
+        return True

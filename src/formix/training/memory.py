@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from formix.data import Batch, Data
-from formix.training.loop import autocast_dtype
+from formix.training.acceleration import autocast_dtype
 from formix.training.tasks import forward, loss_of
 
 

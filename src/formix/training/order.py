@@ -1,0 +1,73 @@
+"""Which samples make which optimiser step, for one process or several."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from formix.data import Batch, BatchDataset, collate
+from formix.data.draws import epoch_order
+
+
+class BatchOrder:
+    """The batches of a run: a function of the seed, the epoch and the place in it, and of nothing else.
+
+    Step i of an epoch reads samples iB ... iB + B - 1 of `epoch_order`, on any number P of processes: process r has
+    every P-th of them from the r-th on, in `accumulation` parts. A part's mean loss counts by its share of the step's
+    samples, so that the gradient, averaged over the processes, is that of the mean over all of them; the last step of
+    an epoch may have fewer.
+    """
+
+    def __init__(
+        self, dataset: BatchDataset, *, batch_size: int, accumulation: int, seed: int, process: int, processes: int
+    ) -> None:
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.process, self.processes = process, processes
+        self.part_size = math.ceil(math.ceil(batch_size / processes) / accumulation)
+        self.steps_per_epoch = math.ceil(len(dataset) / batch_size)
+
+    def samples(self, step: int) -> int:
+        """How many samples step `step` of an epoch has, over all processes."""
+        return min(self.batch_size, len(self.dataset) - step * self.batch_size)
+
+    def weights(self, step: int) -> list[float]:
+        """What the mean losses of this process's parts are multiplied with; 0 where a part has no samples."""
+        samples = self.samples(step)
+        return [len(part) * self.processes / samples for part in self._parts(range(samples))]
+
+    def loader(self, epoch: int, step: int, *, workers: int = 0) -> DataLoader[Batch]:
+        """This process's parts from there on, without end."""
+        return DataLoader(
+            self.dataset,
+            batch_sampler=_Endless(self, epoch, step),
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # the loader's own draws leave the global state alone
+        )
+
+    def walk(self, epoch: int, step: int) -> Iterator[list[int]]:
+        """The indices of the parts that `loader` reads."""
+        for number in itertools.count(epoch):
+            order = epoch_order(self.dataset, number, self.seed).tolist()
+            for place in range(step if number == epoch else 0, self.steps_per_epoch):
+                whole = order[place * self.batch_size : (place + 1) * self.batch_size]
+                for part in self._parts(whole):
+                    yield part or whole[:1]  # a process without samples computes one with weight 0: others wait for it
+
+    def _parts(self, samples: Any) -> list[Any]:
+        mine, most = samples[self.process :: self.processes], math.ceil(len(samples) / self.processes)
+        return [mine[start : start + self.part_size] for start in range(0, most, self.part_size)]
+
+
+class _Endless:
+    def __init__(self, order: BatchOrder, epoch: int, step: int) -> None:
+        self.order, self.epoch, self.step = order, epoch, step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.order.walk(self.epoch, self.step)

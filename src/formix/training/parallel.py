@@ -1,0 +1,102 @@
+"""One run on several processes: torchrun's and accelerate's environment, DDP and FSDP2, and agreement between them."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+Parallel = Literal["ddp", "fsdp"]
+TIMEOUT = timedelta(minutes=10)  # how long the others are waited for
+
+
+def start() -> Accelerator:
+    """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, ...), or be alone.
+
+    Raises:
+        ValueError: some of them do not appear within `TIMEOUT`.
+    """
+    try:
+        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+    except dist.DistError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Not all processes of this run appeared within {TIMEOUT} ({reason}).") from None
+
+
+def process_count() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def distribute(model: nn.Module, how: Parallel, device: torch.device) -> nn.Module:
+    """The model on all processes: copies that average their gradients (ddp), or one in shards (fsdp, FSDP2).
+
+    Sharded are the children of the layer list that holds the most parameters, one by one, and the rest as a whole. On a
+    single process the model stays as it is.
+    """
+    model.to(device)
+    if process_count()[1] == 1:
+        return model
+    if how == "ddp":
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=_has_unused(model))
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    for layer in max(lists, key=_size, default=nn.ModuleList()):
+        fully_shard(layer)
+    fully_shard(model)  # in place
+    return model
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """The model inside the copy that `distribute` made."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients are exchanged in the backward pass of the `last` part of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process gave, in their order; of tensors and plain values, between the processes of one run."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """What the first process gave."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _has_unused(model: nn.Module) -> bool:
+    return False

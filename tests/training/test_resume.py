@@ -1,0 +1,137 @@
+"""A run that is stopped and started again ends as one that was never disturbed, to the last bit."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+
+from formix.data.augmentation import Augmentation
+from formix.training import Checkpoints, Interrupted, Step, TrainConfig, train
+
+FULL = {
+    "epochs": 3.0,
+    "batch_size": 28,  # of 128 samples: the last step of an epoch has fewer
+    "accumulation": 3,
+    "precision": "float32",
+    "evaluations": 3,
+    "ema": 0.9,
+    "augmentation": Augmentation(shift=1, flip=0.5, erasing=0.3, mixup=0.3, repeats=2),
+}
+
+
+class StoppedError(Exception):
+    """What a test raises to end a run where no signal would."""
+
+
+def states(model: nn.Module) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in model.state_dict().values()]
+
+
+@pytest.fixture(scope="module")
+def run(digits, make_model):
+    def start(checkpoints: Checkpoints | None, *, stop_at: int | None = None, send: int | None = None, **changes):
+        set_seed(0)
+        model, losses = make_model("softmax", proj_drop_rate=0.1, drop_path_rate=0.1), {}
+
+        def on_step(step: Step) -> None:
+            losses[step.step] = step.loss
+            if step.step == stop_at:
+                if send is None:
+                    raise StoppedError
+                os.kill(os.getpid(), send)
+
+        config = TrainConfig(**{**FULL, **changes})
+        try:
+            result = train(model, digits, config, checkpoints=checkpoints, on_step=on_step)
+        except (StoppedError, Interrupted) as end:
+            return model, losses, end
+        return model, losses, result
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run):
+    return run(None)
+
+
+@pytest.mark.parametrize("stop_at", [1, 7, 9])
+def test_the_losses_and_weights_are_those_of_an_undisturbed_run(run, undisturbed, tmp_path, stop_at):
+    """In the middle of an epoch, with dropout, augmentation, accumulation and a moving average."""
+    checkpoints = {"directory": tmp_path, "steps": 2, "minutes": 0}
+    run(Checkpoints(**checkpoints), stop_at=stop_at)
+    model, losses, result = run(Checkpoints(**checkpoints))
+    whole, expected, whole_result = undisturbed
+    assert losses == {step: loss for step, loss in expected.items() if step in losses}
+    assert min(losses) == (stop_at - 1) // 2 * 2 + 1
+    assert all(map(torch.equal, states(model), states(whole)))
+    assert [(p.step, p.train_loss, p.validation) for p in result.curve] == [
+        (p.step, p.train_loss, p.validation) for p in whole_result.curve
+    ]
+    assert result.samples == whole_result.samples
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_ends_the_run(run, undisturbed, tmp_path, number):
+    _, _, end = run(Checkpoints(tmp_path, minutes=0), stop_at=7, send=number)
+    assert isinstance(end, Interrupted)
+    assert end.number == number
+    assert signal.Signals(number).name in str(end)
+    model, losses, _ = run(Checkpoints(tmp_path, minutes=0))
+    assert min(losses) == 9  # the signal came after step 7, so step 8 was the last
+    assert all(map(torch.equal, states(model), states(undisturbed[0])))
+
+
+def test_a_finished_run_is_not_repeated(run, undisturbed, tmp_path):
+    run(Checkpoints(tmp_path))
+    model, losses, result = run(Checkpoints(tmp_path))
+    assert not losses
+    assert result.validation == undisturbed[2].validation
+    assert all(map(torch.equal, states(model), states(undisturbed[0])))
+
+
+def test_the_model_in_a_checkpoint_is_the_averaged_one_and_loads(run, tmp_path, digits):
+    import formix
+
+    model, _, _ = run(Checkpoints(tmp_path))
+    latest = max(tmp_path.glob("step-*"))
+    stored = formix.load(latest / "model")
+    assert all(map(torch.equal, states(stored), states(model)))
+
+
+def test_the_newest_and_the_best_are_kept(run, tmp_path):
+    _, _, result = run(Checkpoints(tmp_path, keep=2, steps=1, minutes=0), evaluations=15, ema=0.0)
+    best = max(result.curve, key=lambda point: (point.validation, point.step)).step
+    kept = {int(path.name.removeprefix("step-")) for path in tmp_path.iterdir()}
+    assert kept == {14, 15, best}
+
+
+@pytest.mark.parametrize(("change", "named"), [({"lr": 2e-3}, "lr 0.001"), ({"seed": 1}, "seed 0")])
+def test_another_configuration_is_refused_and_the_field_named(run, tmp_path, change, named):
+    run(Checkpoints(tmp_path, steps=2, minutes=0), stop_at=3)
+    with pytest.raises(ValueError, match=f"of a run with {named} and this one has"):
+        run(Checkpoints(tmp_path), **change)
+
+
+def test_a_loss_spike_returns_to_the_checkpoint_and_leaves_out_the_data(run, tmp_path, digits, make_model, caplog):
+    from formix.training import Objective, task_objective
+
+    normal, calls = task_objective(digits), []
+
+    def loss(model, batch):
+        calls.append(len(calls))
+        return normal.loss(model, batch) * (float("nan") if len(calls) in (6, 7) else 1)
+
+    objective = Objective(loss=loss, metric=normal.metric, higher_is_better=True)
+    config = TrainConfig(epochs=3.0, batch_size=32, precision="float32", evaluations=3, on_divergence="rewind")
+    result = train(make_model(), digits, config, objective=objective, checkpoints=Checkpoints(tmp_path, steps=2))
+    assert result.diverged is None
+    assert result.rewinds == 2
+    assert "nan at step 6" in caplog.text
+    assert result.curve[-1].step == 12
+    state = json.loads((max(tmp_path.glob("step-*")) / "state.json").read_text())
+    assert (state["place"]["epoch"], state["place"]["batch"]) == (3, 3)  # 15 batches were used, 3 without effect
