@@ -93,8 +93,8 @@ def load_glue(request: Request) -> Data:
     if folder.name not in TASKS:
         raise ValueError(f"Unknown GLUE task {folder.name!r} in {request.name!r}; known are {', '.join(TASKS)}.")
     task = TASKS[folder.name]
-    train_rows, train_labels = _read(folder / "train.tsv", task)
-    test_rows, test_labels = _read(folder / "dev.tsv", task)
+    train_rows, train_labels = read_tsv(folder / "train.tsv", task)
+    test_rows, test_labels = read_tsv(folder / "dev.tsv", task)
     chosen = request.divide(len(train_rows), train_labels if task.classes else None, ("validation",))
     kept, held = chosen["train"], chosen["validation"]
     rows = {"train": [train_rows[i] for i in kept], "validation": [train_rows[i] for i in held], "test": test_rows}
@@ -143,8 +143,11 @@ def load_glue(request: Request) -> Data:
     )
 
 
-def _read(path: Path, task: Task) -> tuple[list[tuple[str, ...]], np.ndarray]:
-    """Sentences (one or two per row) and labels, int64 classes or float32 scores [N], of one TSV file."""
+def read_tsv(path: Path, task: Task) -> tuple[list[tuple[str, ...]], np.ndarray]:
+    """Sentences (one or two per row) and labels, int64 classes or float32 scores [N], of one TSV file.
+
+    ValueError for a missing file or column, or a row or label that the task's layout does not allow.
+    """
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist; a GLUE task is a folder with train.tsv and dev.tsv.")
     with path.open(encoding="utf-8", newline="") as file:

@@ -41,6 +41,18 @@ class ImageDataset(BatchDataset):
         pixels = self.pixels[list(indices)].float().mul_(self.scale).add_(self.shift)  # [B, C, H, W]
         return {"pixel_values": pixels, "labels": self.labels[list(indices)]}
 
+    def normalised(self, mean: Sequence[float], std: Sequence[float]) -> ImageDataset:
+        """The same images under a pretrained model's statistics, of pixels 0 to 1, one per channel; grey images are
+        repeated to as many channels. ValueError where the channels do not fit."""
+        channels = self.pixels.shape[1]
+        if channels not in (1, len(mean)):
+            raise ValueError(f"The images have {channels} channels and the statistics {len(mean)}; they must agree.")
+        pixels = self.pixels
+        if channels != len(mean):
+            assert isinstance(pixels, Tensor)  # only RGB is decoded when read
+            pixels = pixels.expand(-1, len(mean), -1, -1)
+        return ImageDataset(pixels, self.labels, torch.tensor(mean) * 255, torch.tensor(std) * 255)
+
 
 def image_data(
     name: str,

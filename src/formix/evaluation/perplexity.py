@@ -1,0 +1,22 @@
+"""Perplexity of a language model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from formix.data import Data
+from formix.training.tasks import evaluate
+
+
+def perplexity(model: nn.Module, data: Data, split: str = "test", *, batch_size: int = 32) -> float:
+    """exp(nats per target) of a causal language model on a split; a target is a token of the data's tokenizer.
+
+    Comparable between models with the same tokenizer and windows; bits per byte, which `evaluate` gives, between all.
+
+    Raises:
+        ValueError: data of another task.
+    """
+    if data.task != "causal-lm":
+        raise ValueError(f"Perplexity needs text for language modelling; {data.name!r} is data for {data.task}.")
+    assert data.bytes_per_target is not None
+    return 2.0 ** (evaluate(model, data, split, batch_size=batch_size) * data.bytes_per_target[split])

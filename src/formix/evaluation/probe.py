@@ -1,0 +1,77 @@
+"""Linear probe: logistic regression on the frozen features of an image model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from formix.data import BatchDataset, Data, collate
+from formix.data.base import SPLITS
+from formix.data.images import ImageDataset
+from formix.training.loop import autocast_dtype
+
+PENALTIES = (0.01, 0.1, 1.0)  # scikit-learn's C, tried on the validation split
+
+
+def linear_probe(model: Any, data: Data, *, batch_size: int = 64, precision: str = "auto") -> float:
+    """Accuracy on test of multinomial logistic regression on a model's frozen features.
+
+    The features are standardised; the regression is fitted on train with each C of `PENALTIES`, and the C that is best
+    on validation is reported. Images are normalised by the model's own statistics where it has some.
+
+    Args:
+        model: a timm model, formix's or a stock one, that takes images of the data's size.
+        data: image classification, from `load_data`.
+        precision: of the features, as in training: "auto", "float32" or "bfloat16".
+
+    Raises:
+        ValueError: data of another task, or images that do not fit the model's channels.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    if data.task != "image-classification":
+        raise ValueError(f"A linear probe needs labelled images; {data.name!r} is data for {data.task}.")
+    data = _normalised_for(model, data)
+    features: dict[str, np.ndarray] = {}
+    labels: dict[str, np.ndarray] = {}
+    for split in SPLITS:
+        dataset: ImageDataset = getattr(data, split)
+        features[split] = image_features(model, dataset, batch_size=batch_size, precision=precision).cpu().numpy()
+        labels[split] = dataset.labels.numpy()
+    scaler = StandardScaler().fit(features["train"])
+    features = {split: scaler.transform(x) for split, x in features.items()}
+    probes = [LogisticRegression(C=c, max_iter=1000, tol=1e-3) for c in PENALTIES]
+    for probe in probes:
+        probe.fit(features["train"], labels["train"])
+    best = max(probes, key=lambda probe: probe.score(features["validation"], labels["validation"]))
+    return float(best.score(features["test"], labels["test"]))
+
+
+@torch.no_grad()
+def image_features(model: Any, dataset: BatchDataset, *, batch_size: int = 64, precision: str = "auto") -> Tensor:
+    """What a model's classifier reads, [N, C] in float32: its pooled features, in evaluation mode."""
+    was_training, device = model.training, next(model.parameters()).device
+    dtype = autocast_dtype(precision)
+    model.eval()
+    parts = []
+    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            tokens = model.forward_features(batch["pixel_values"].to(device))
+            parts.append(model.forward_head(tokens, pre_logits=True).float())  # [B, C]
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def _normalised_for(model: Any, data: Data) -> Data:
+    """The data under the statistics that the model's weights were trained with, if its config says which."""
+    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    if "mean" not in cfg or "std" not in cfg:
+        return data
+    splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
+    return replace(data, **splits, in_chans=len(cfg["mean"]))

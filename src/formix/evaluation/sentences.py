@@ -1,0 +1,68 @@
+"""Sentence embeddings: mean-pooled hidden states, judged by how their cosines rank pairs of sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from formix.data.glue import TASKS, read_tsv
+
+
+@torch.no_grad()
+def sentence_embeddings(
+    model: Any, tokenizer: Any, sentences: Sequence[str], *, max_length: int = 256, batch_size: int = 64
+) -> Tensor:
+    """Embeddings [N, C] of unit length: the mean of the last hidden states over a sentence's tokens.
+
+    As sentence-transformers' mean pooling with normalisation.
+
+    Args:
+        model: a transformers encoder, formix's or a stock one; of a model with a head, the trunk is read.
+        tokenizer: its tokenizer.
+        sentences: N texts; cut to `max_length` tokens.
+        batch_size: sentences in one forward pass, of similar length.
+    """
+    trunk = model.base_model
+    was_training, device = model.training, next(trunk.parameters()).device
+    model.eval()
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding
+    parts = []
+    for start in range(0, len(order), batch_size):
+        batch = tokenizer(
+            [sentences[i] for i in order[start : start + batch_size]],
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        ).to(device)
+        hidden = trunk(**batch).last_hidden_state.float()  # [B, T, C]
+        mask = batch["attention_mask"][..., None].float()  # [B, T, 1]
+        parts.append((hidden * mask).sum(1) / mask.sum(1))  # [B, C]
+    model.train(was_training)
+    embeddings = torch.empty(len(sentences), parts[0].shape[1], device=device)
+    embeddings[torch.tensor(order, device=device)] = torch.cat(parts)
+    return F.normalize(embeddings, dim=1)
+
+
+def sts_spearman(model: Any, tokenizer: Any, file: str | Path, *, batch_size: int = 64) -> float:
+    """Spearman correlation of embeddings' cosines with the human scores of an STS-B file in GLUE's layout.
+
+    Args:
+        file: the benchmark's train.tsv or dev.tsv, or any TSV with columns sentence1, sentence2 and score.
+
+    Raises:
+        ValueError: the file is missing or has another layout.
+    """
+    from scipy.stats import spearmanr
+
+    pairs, scores = read_tsv(Path(file), TASKS["STS-B"])
+    first, second = (
+        sentence_embeddings(model, tokenizer, column, batch_size=batch_size) for column in zip(*pairs, strict=True)
+    )
+    cosines = (first.double() * second.double()).sum(1)  # [N]
+    return float(spearmanr(cosines.cpu().numpy(), scores).statistic)

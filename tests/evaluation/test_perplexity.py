@@ -1,0 +1,24 @@
+"""Perplexity of a language model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import formix
+from formix.data import load_data
+from formix.evaluation import perplexity
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss():
+    data = load_data("stdlib", limit=20000, sequence_length=32, validation_fraction=0.002, test_fraction=0.002)
+    model = formix.create_model("gpt2-nano", design="relu", vocab_size=256, n_layer=1, n_embd=16, n_head=2).eval()
+    rows = [data.test[i] for i in range(len(data.test))]
+    ids, labels = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
+    with torch.no_grad():
+        loss = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), labels.flatten())
+    assert perplexity(model, data) == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_other_data_are_refused():
+    with pytest.raises(ValueError, match="needs text"):
+        perplexity(torch.nn.Linear(1, 1), load_data("digits"))

@@ -1,0 +1,88 @@
+"""Linear probe of frozen features."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn.datasets import load_digits
+
+import formix
+from formix.data import load_data
+from formix.evaluation import image_features, linear_probe
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", img_size=16)
+
+
+def small_vit(**more):
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0, **more
+    )
+
+
+def test_features_are_what_the_classifier_reads(digits):
+    model = small_vit(in_chans=1)
+    features = image_features(model, digits.test, precision="float32")
+    assert features.shape == (len(digits.test), 32)
+    expected = model.eval()(digits.test.__getitems__(range(8))["pixel_values"])  # num_classes=0: pooled features
+    torch.testing.assert_close(features[:8], expected)
+
+
+def test_training_mode_is_restored(digits):
+    model = small_vit(in_chans=1).train()
+    image_features(model, digits.validation)
+    assert model.training
+
+
+class Brightness(torch.nn.Module):
+    """Features that say which quarters of the picture are bright: what a probe can and cannot read is known."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.kept, self.unused = kept, torch.nn.Parameter(torch.zeros(1))
+
+    def forward_features(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
+
+    def forward_head(self, x, pre_logits=False):
+        assert pre_logits
+        return x[:, : self.kept]
+
+
+def test_probe_reads_what_is_there(digits):
+    assert linear_probe(Brightness(64), digits, precision="float32") > 0.95  # digits are almost linearly separable
+    assert linear_probe(Brightness(8), digits, precision="float32") < 0.5  # the top row alone is not enough
+
+
+def test_probe_agrees_with_scikit_learn(digits):
+    """The features of `Brightness` are the 8 x 8 pixels, so scikit-learn's own regression must do as well."""
+    from sklearn.linear_model import LogisticRegression
+
+    images = load_digits().images.reshape(-1, 64)
+    labels = load_digits().target
+    rows = np.random.default_rng(0).permutation(len(labels))
+    straight = LogisticRegression(max_iter=5000).fit(images[rows[:1400]], labels[rows[:1400]])
+    expected = straight.score(images[rows[1400:]], labels[rows[1400:]])
+    assert linear_probe(Brightness(64), digits, precision="float32") == pytest.approx(expected, abs=0.03)
+
+
+def test_grey_images_get_the_model_s_channels_and_statistics(digits):
+    model = formix.create_model(
+        "vit_tiny_patch16_224", design="relu", img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2
+    )
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    images = digits.test.normalised(mean, std).__getitems__([0, 1])["pixel_values"]
+    pixels = digits.test.pixels[[0, 1]].float() / 255
+    for channel in range(3):
+        torch.testing.assert_close(images[:, channel], (pixels[:, 0] - mean[channel]) / std[channel])
+    assert 0.1 < linear_probe(model, digits) <= 1
+
+
+def test_what_cannot_be_probed_is_refused():
+    with pytest.raises(ValueError, match="needs labelled images"):
+        linear_probe(Brightness(1), load_data("stdlib", limit=20000))
+    two_channels = load_data("digits").train.normalised([0.5, 0.5], [0.5, 0.5])
+    with pytest.raises(ValueError, match="2 channels and the statistics 3"):
+        two_channels.normalised([0.5] * 3, [0.5] * 3)
