@@ -3,6 +3,7 @@ import pytest
 import formix
 from formix.comparison.models import build_model, default_model, patch_size
 from formix.data import load_data
+from formix.data.masking import masked_lm
 from formix.training import forward
 
 
@@ -35,3 +36,25 @@ def test_language_models_get_their_sizes_from_the_data(tmp_path):
     model = build_model(data, None, {"n_layer": 2}, "relu+skip(heads=1)")
     assert (model.config.vocab_size, model.config.n_positions) == (256, 16)
     assert model.config.attn_pdrop == 0
+
+
+@pytest.mark.parametrize("name", ["bert-tiny", "roberta-tiny"])
+def test_masked_language_models_predict_every_token_of_the_longest_windows(tmp_path, name):
+    (tmp_path / "a.txt").write_text("abc def " * 4000)
+    data = masked_lm(load_data(f"text:{tmp_path}", sequence_length=600))
+    batch = data.train.__getitems__([0])
+    assert forward(build_model(data, name, {}, "paf"), batch).shape == (1, 600, 258)
+
+
+def test_a_directory_keeps_its_sizes_and_gets_the_outputs_of_the_task(tmp_path):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 77}
+    formix.save(formix.create_model("bert-tiny", "softmax", **sizes), tmp_path / "bert")
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\twords {i}\n" for i in range(20)))
+    (tmp_path / "CoLA" / "dev.tsv").write_text("x\t1\t\twords\n")
+    model = build_model(load_data(f"glue:{tmp_path / 'CoLA'}"), str(tmp_path / "bert"), {}, "paf")
+    assert (model.config.num_labels, model.config.vocab_size, model.config.max_position_embeddings) == (2, 40, 77)
+    assert model.config.design == formix.design("paf").to_dict()
+    (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\tword{chr(97 + i)}\n" for i in range(20)))
+    with pytest.raises(ValueError, match="knows 40 tokens"):
+        build_model(load_data(f"glue:{tmp_path / 'CoLA'}"), str(tmp_path / "bert"), {}, "paf")

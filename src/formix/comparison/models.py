@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from formix import create_model
 from formix.data import Data
+from formix.data.masking import BYTE_PAD
 
 IMAGE_MODEL = "vit_tiny_patch16_224"
 
@@ -43,7 +45,16 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
     base, defaults = default_model(data)
     if name is not None and name != base:
         base, defaults = name, {}
-    return create_model(base, design=design, **{**defaults, **data_arguments(data), **arguments})
+    decided = data_arguments(data)
+    if Path(base, "config.json").is_file():  # a directory brings its own sizes, and only the output is the task's
+        decided = {key: decided[key] for key in ("num_classes", "num_labels", "task") if key in decided}
+    model = create_model(base, design=design, **{**defaults, **decided, **arguments})
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    if known is not None and data.vocab_size is not None and known < data.vocab_size:
+        raise ValueError(
+            f"{base} knows {known} tokens and {data.name!r} has {data.vocab_size}; give the model's own --tokenizer."
+        )
+    return model
 
 
 def data_arguments(data: Data) -> dict[str, Any]:
@@ -53,9 +64,16 @@ def data_arguments(data: Data) -> dict[str, Any]:
     if data.task == "causal-lm":
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return {"vocab_size": data.vocab_size, "n_positions": data.sequence_length, **dropout}
+    if data.task == "masked-lm":
+        pad = BYTE_PAD if data.tokenizer is None else data.tokenizer.pad_token_id or 0
+        output: dict[str, Any] = {"task": "masked-lm"}
+        positions = pad + 1  # RoBERTa's begin there
+    else:
+        pad = getattr(data.tokenizer, "pad_token_id", 0) or 0
+        output, positions = {"num_labels": data.num_classes}, 0
     return {
         "vocab_size": data.vocab_size,
-        "max_position_embeddings": max(512, data.sequence_length or 0),
-        "num_labels": data.num_classes,
-        "pad_token_id": getattr(data.tokenizer, "pad_token_id", 0) or 0,
+        "max_position_embeddings": max(512, (data.sequence_length or 0) + positions),
+        "pad_token_id": pad,
+        **output,
     }

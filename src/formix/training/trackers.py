@@ -14,34 +14,41 @@ NAMES = ("tensorboard", "trackio", "wandb", "mlflow")
 class Trackers:
     """The trackers `names` of one run: every figure goes to each of them, from the first process alone.
 
-    TensorBoard's files go to directory/tensorboard; the others keep theirs where their own settings say.
+    They start with the first figure, when the processes of a run have found each other. TensorBoard's files go to
+    directory/tensorboard; the others keep theirs where their own settings say, under the directory's name.
 
     Raises:
         ValueError: a tracker that formix does not know or that is not installed.
     """
 
     def __init__(self, names: Sequence[str], directory: str | Path, config: Any) -> None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
         check_trackers(names)
-        project = Path(directory).resolve().name
-        self.trackers: list[Any] = []
-        for name in names:
-            tracker: Any = LOGGER_TYPE_TO_CLASS[name]
-            here = tracker.requires_logging_directory
-            self.trackers.append(tracker(name, str(directory)) if here else tracker(project))
-        for started in self.trackers:
-            started.start()
-            started.store_init_configuration(flattened(config))
+        self.names, self.directory, self.config = names, Path(directory).resolve(), flattened(config)
+        self.started: list[Any] = []
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Numbers by name at an optimiser step."""
-        for tracker in self.trackers:
+        if len(self.started) < len(self.names):
+            self._start()
+        for tracker in self.started:
             tracker.log(dict(values), step=step)
 
     def finish(self) -> None:
-        for tracker in self.trackers:
+        for tracker in self.started:
             tracker.finish()
+
+    def _start(self) -> None:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()  # accelerate's logger wants it
+        for name in self.names:
+            kind: Any = LOGGER_TYPE_TO_CLASS[name]
+            here = kind.requires_logging_directory
+            tracker = kind(name, str(self.directory)) if here else kind(self.directory.name)
+            tracker.start()
+            tracker.store_init_configuration(self.config)
+            self.started.append(tracker)
 
 
 def check_trackers(names: Sequence[str]) -> None:
