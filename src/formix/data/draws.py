@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from formix.data.base import BatchDataset
 
@@ -45,21 +44,6 @@ def epoch_order(dataset: BatchDataset, epoch: int, seed: int) -> Tensor:
     place = torch.arange(size)
     draw = epoch * dataset.repeats + place % dataset.repeats
     return order[place // dataset.repeats] + draw * size
-
-
-class EpochSampler(Sampler[int]):
-    """The indices of `epoch_order`, one epoch after the other at every iteration."""
-
-    def __init__(self, dataset: BatchDataset, seed: int) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self.dataset, self.epoch, self.seed).tolist()
-        self.epoch += 1
-        return iter(order)
 
 
 @contextlib.contextmanager

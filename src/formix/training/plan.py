@@ -15,9 +15,8 @@ from formix.benchmarks import count_flops
 from formix.data import Batch, Data
 from formix.data.augmentation import augmented
 from formix.data.draws import epoch_order
-from formix.training.acceleration import recompute_activations
+from formix.training.acceleration import autocast_dtype, recompute_activations
 from formix.training.config import TrainConfig
-from formix.training.loop import autocast_dtype
 from formix.training.memory import peak_step_memory
 from formix.training.optimizers import make_optimizer
 from formix.training.tasks import MODEL_INPUTS, task_objective
