@@ -82,10 +82,11 @@ def test_training_is_masked_anew_at_every_draw_and_evaluation_is_not(text):
     assert torch.equal(data.test[0]["labels"], masked_lm(text, seed=2).test[0]["labels"])
 
 
-def test_every_window_has_something_to_predict(text):
-    data = masked_lm(text, probability=1e-6)
-    labels = data.train.__getitems__(range(len(data.train)))["labels"]
-    assert ((labels >= 0).sum(1) == 1).all()
+@pytest.mark.parametrize(("probability", "count"), [(1e-6, 1), (0.15, 5), (0.5, 16)])
+def test_every_window_has_as_many_tokens_to_predict(text, probability, count):
+    labels = masked_lm(text, probability=probability).train.__getitems__(range(20))["labels"]
+    assert ((labels >= 0).sum(1) == count).all()
+    assert (labels >= 0).any(0).sum() > count  # in other places in every window
 
 
 def test_what_cannot_be_masked_is_refused(text, words):

@@ -86,9 +86,10 @@ def masked_lm(data: Data, *, probability: float = 0.15, seed: int = 0) -> Data:
 class MaskedWindows(DrawnDataset):
     """Windows of tokens [W, T] in which some are to be predicted.
 
-    Of a window's tokens a share `probability` is chosen, each on its own; of the chosen ones 80 % become `mask`, 10 % a
-    token drawn from `words` and 10 % stay. `labels` are the tokens at the chosen places and -100 elsewhere. The
-    randomness of a window derives from (seed, window, draw); with `fixed` all draws are the same.
+    Of a window's T tokens max(1, round(probability T)) are chosen, as in BERT's code: with as many targets in every
+    window, the mean over parts of a batch is that over the batch. Of the chosen ones 80 % become `mask`, 10 % a token
+    drawn from `words` and 10 % stay. `labels` are the tokens at the chosen places and -100 elsewhere. The randomness of
+    a window derives from (seed, window, draw); with `fixed` all draws are the same.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class MaskedWindows(DrawnDataset):
         fixed: int | None = None,
     ) -> None:
         self.windows, self.first, self.last = windows, list(first), list(last)
-        self.mask, self.words, self.probability = mask, words, probability
+        self.mask, self.words = mask, words
+        self.count = max(1, round(probability * windows.shape[1]))
         self.seed, self.fixed = seed, fixed
 
     def __len__(self) -> int:
@@ -118,7 +120,7 @@ class MaskedWindows(DrawnDataset):
             for window, draw in draws:
                 seed_all(self.seed, window, draw if self.fixed is None else self.fixed)
                 uniform = torch.rand(2, tokens.shape[1])
-                chosen.append(_at_least_one(uniform[0], self.probability))
+                chosen.append(uniform[0].argsort().argsort() < self.count)
                 kind.append(uniform[1])
                 word.append(torch.randint(self.words, tokens.shape[1:]))
         places, kinds = torch.stack(chosen), torch.stack(kind)  # [B, T]
@@ -131,8 +133,3 @@ class MaskedWindows(DrawnDataset):
             "input_ids": torch.cat([before, inputs, after], 1),
             "labels": torch.cat([torch.full_like(before, IGNORED), labels, torch.full_like(after, IGNORED)], 1),
         }
-
-
-def _at_least_one(uniform: Tensor, probability: float) -> Tensor:
-    """Places [T] chosen each with `probability`; where none is, the one that came nearest: a loss needs a target."""
-    return uniform <= max(probability, uniform.min().item())
