@@ -297,7 +297,7 @@ def test_pipelines_take_a_directory(family: str, tokenizer, tmp_path) -> None:
 
 @family_
 def test_export(family: str) -> None:
-    model = small(family, "relu+skip", **({} if family in ("bert", "roberta") else {"use_cache": False}))
+    model = small(family, "relu+skip", **({"use_cache": False} if family in DECODERS else {}))
     given = inputs("")
     program = torch.export.export(model, (), given)
     exported = program.module()(**given)

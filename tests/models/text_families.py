@@ -24,6 +24,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2-nano", {"n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}),
     "bert": ("bert-tiny", _ENCODER),
     "roberta": ("roberta-tiny", _ENCODER),
+    "distilbert": ("distilbert-base", _ENCODER),
     "llama": ("llama-nano", {**_ENCODER, "num_key_value_heads": 2}),
 }
 DECODERS = ("gpt2", "llama")

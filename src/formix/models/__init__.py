@@ -60,7 +60,8 @@ def create_model(
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors``; the config holds the design.
+    """Write ``config.json`` and ``model.safetensors``; the config holds the design. A converted model's record goes
+    beside them.
 
     Raises:
         ValueError: not a model of formix's.
@@ -68,6 +69,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
     from formix.models.directory import save_directory
 
     save_directory(model, Path(directory))
+    conversion: Any = getattr(model, "conversion", None)
+    if conversion is not None:
+        conversion.write(Path(directory))
 
 
 def load(directory: str | Path) -> Any:
@@ -78,4 +82,7 @@ def load(directory: str | Path) -> Any:
     """
     from formix.models.directory import load_directory
 
-    return load_directory(Path(directory))
+    model = load_directory(Path(directory))
+    if (Path(directory) / "conversion.json").is_file():
+        model.loaded_from = Path(directory)  # a conversion further on finds the record there
+    return model

@@ -170,6 +170,7 @@ class DesignedBlock(GradientCheckpointingLayer):
 
     def __init__(self, layer: LayerDesign, trunk: Norm) -> None:
         super().__init__()
+        self.layer_design = layer
         self.layout, self.norm_position = layer.layout, norm_position(layer.layout, trunk)
         self.tied_norms = layer.official and isinstance(layer.mixer, GatedUnit)
 

@@ -1,4 +1,8 @@
-"""Llama-family decoders with blocks of any causal design; parameter names of transformers' Llama."""
+"""Llama-family decoders with blocks of any causal design; parameter names of transformers' Llama.
+
+Three options make the same blocks those of Qwen2 (`qkv_bias`), Qwen3 (`qk_rms_norm`) and Mistral (`sliding_window`,
+`layer_types`); `formix.convert` sets them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -48,6 +52,10 @@ class FormixLlamaConfig(LlamaConfig):
 
     model_type = "formix_llama"
     design: dict | None = None
+    qkv_bias: bool | None = None  # a bias in the query, key and value projections alone; None: as attention_bias
+    qk_rms_norm: bool = False  # RMSNorm of every query and key over the head's width, before the rotation
+    sliding_window: int | None = None  # how many keys, the query's own included, the layers below see
+    layer_types: list[str] | None = None  # of every layer: "full_attention" or "sliding_attention"; None: all full
     pruned_kv: bool = False  # see formix.models.kv_heads.prune_kv_heads
 
 
@@ -82,9 +90,15 @@ class FormixLlamaAttention(DesignedAttention):
             causal=True,
         )
         own = len(self.kv_heads.own) * head_dim
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, own, bias=bias)
-        self.v_proj = nn.Linear(dim, own, bias=bias)
+        qkv_bias = bias if config.qkv_bias is None else config.qkv_bias
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, own, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, own, bias=qkv_bias)
+        if config.qk_rms_norm:
+            if self.has_qk_norm:
+                raise ValueError("This model normalises queries and keys itself (qk_rms_norm): leave out qk_norm.")
+            self.q_norm, self.k_norm = (RMSNorm(head_dim, eps=config.rms_norm_eps) for _ in range(2))
+            self.has_qk_norm = True
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=bias)
 
     def forward(
@@ -114,16 +128,18 @@ class FormixLlamaDecoderLayer(DesignedBlock):
         first, second = norms_kept(layer, "pre")
         gated = isinstance(layer.mixer, GatedUnit)
         self.layer_idx = layer.index
+        self.windowed = bool(config.layer_types) and config.layer_types[layer.index] == "sliding_attention"  # type: ignore[index]
         self.self_attn: Any = gated_unit_for(layer, dim, 0.0) if gated else FormixLlamaAttention(config, layer)
         self.mlp: Any = LlamaMLP(config) if layer.layout.ffn else None
         self.input_layernorm = RMSNorm(dim, eps=eps) if first else nn.Identity()
         self.post_attention_layernorm = RMSNorm(dim, eps=eps) if second else nn.Identity()
 
     def mix(
-        self, x: Tensor, attention_mask: Tensor | None, source_kv: KeyValue | None, past: Any, positions: Any
+        self, x: Tensor, attention_mask: Any, source_kv: KeyValue | None, past: Any, positions: Any
     ) -> tuple[Tensor, KeyValue | None]:
         if isinstance(self.self_attn, FormixLlamaAttention):
-            return self.self_attn(x, attention_mask, past, source_kv, positions)
+            full, window = attention_mask
+            return self.self_attn(x, window if self.windowed else full, past, source_kv, positions)
         count_tokens(x, past, self.layer_idx)
         return self.self_attn(x), None
 
@@ -151,8 +167,20 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: FormixLlamaConfig) -> None:
         with no_layers(config):
             super().__init__(config)
+        kinds = config.layer_types or ["full_attention"] * config.num_hidden_layers
+        if len(kinds) != config.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(kinds)} layers, the model has {config.num_hidden_layers}.")
+        if "sliding_attention" in kinds and not config.sliding_window:
+            raise ValueError("layer_types has sliding layers, and sliding_window is None; give it a number of keys.")
+        self.windows = [kind == "sliding_attention" for kind in kinds]
         self.norm: Any = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layer_designs = layer_designs(config, causal=True)
+        for layer in self.layer_designs:
+            if layer.source is not None and self.windows[layer.index] != self.windows[layer.source]:
+                raise ValueError(
+                    f"Layer {layer.index} reads the keys of layer {layer.source}, and only one of the two has a "
+                    "sliding window: join layers of one type."
+                )
         self.layers = nn.ModuleList(FormixLlamaDecoderLayer(config, layer) for layer in self.layer_designs)
         self.post_init()
 
@@ -180,15 +208,17 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + past
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        masking = {
+            "config": self.config,
+            "inputs_embeds": x,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        full = None if all(self.windows) else as_boolean(create_causal_mask(**masking))
+        window = as_boolean(create_sliding_window_causal_mask(**masking)) if any(self.windows) else None
         rotation = self.rotary_emb(x, position_ids=position_ids)
-        x = run_layers(self.layers, self.layer_designs, x, as_boolean(mask), rotation, past_key_values=past_key_values)
+        x = run_layers(self.layers, self.layer_designs, x, (full, window), rotation, past_key_values=past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
         )

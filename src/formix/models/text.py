@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from formix.design import Design
 from formix.design import design as find_design
-from formix.models import bert, gpt2, llama, roberta
+from formix.models import bert, distilbert, gpt2, llama, roberta
 
 _log = logging.getLogger("formix")
 # family -> (config class, {task: model class}); the first task is the default
@@ -46,6 +46,17 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
             "question-answering": roberta.FormixRobertaForQuestionAnswering,
             "multiple-choice": roberta.FormixRobertaForMultipleChoice,
             "features": roberta.FormixRobertaModel,
+        },
+    ),
+    "distilbert": (
+        distilbert.FormixDistilBertConfig,
+        {
+            "masked-lm": distilbert.FormixDistilBertForMaskedLM,
+            "sequence-classification": distilbert.FormixDistilBertForSequenceClassification,
+            "token-classification": distilbert.FormixDistilBertForTokenClassification,
+            "question-answering": distilbert.FormixDistilBertForQuestionAnswering,
+            "multiple-choice": distilbert.FormixDistilBertForMultipleChoice,
+            "features": distilbert.FormixDistilBertModel,
         },
     ),
     "llama": (
@@ -108,6 +119,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta-mini": ("roberta", _roberta(4, 256)),
     "roberta-base": ("roberta", _roberta(12, 768)),
     "roberta-large": ("roberta", _roberta(24, 1024)),
+    "distilbert-base": ("distilbert", _bert(6, 768)),
     "llama-nano": ("llama", _llama(4, 128, 4, 2, 384)),
     "llama-mini": ("llama", _llama(6, 384, 6, 2, 1024)),
     "llama-1.1b": ("llama", _llama(22, 2048, 32, 4, 5632)),  # TinyLlama's
@@ -192,7 +204,13 @@ def from_directory(
     return model
 
 
-_LAYERS = {"gpt2": "h", "bert": "layer", "roberta": "layer", "llama": "layers"}  # the path of a family's layers
+_LAYERS = {
+    "gpt2": "h",
+    "bert": "layer",
+    "roberta": "layer",
+    "distilbert": "layer",
+    "llama": "layers",
+}  # the path of a family's layers
 
 
 def _class_for(family: str, task: str) -> Any:

@@ -126,7 +126,8 @@ class _BlockArguments(nn.Identity):
 def create_vit(
     name: str, design: str | Design = "softmax", *, pretrained: bool = False, **kwargs: Any
 ) -> FormixVisionTransformer:
-    """timm's model `name` with its blocks in `design`; `kwargs` go to timm (img_size, patch_size, in_chans, ...).
+    """timm's model `name` with its blocks in `design`; `kwargs` go to timm (img_size, patch_size, in_chans, ...), but
+    for `norm_eps`, the eps of all LayerNorms where it is not timm's (ViTs of transformers have 1e-12).
 
     A design that mixes no tokens (Activator) leaves a class token untouched by the image, so such models pool by
     the mean of the tokens unless told otherwise.
@@ -135,6 +136,8 @@ def create_vit(
         ValueError: `name` is not a VisionTransformer of timm's with its plain block, or the design does not fit.
     """
     chosen = find_design(design)
+    asked, norm_eps = kwargs, kwargs.get("norm_eps")
+    kwargs = {k: v for k, v in kwargs.items() if k != "norm_eps"}
     probe = _probe(name, kwargs)
     depth = len(probe.blocks)
     layers = [chosen.layer(i, depth) for i in range(depth)]
@@ -147,15 +150,19 @@ def create_vit(
             raise ValueError("global_pool is 'token', but this design mixes no tokens: pool by 'avg' instead.")
         if probe.global_pool == "token":
             _log.warning("%s: the design mixes no tokens, so the classifier pools by 'avg' and not by 'token'", name)
-            kwargs = {**kwargs, "global_pool": "avg"}
+            kwargs, asked = {**kwargs, "global_pool": "avg"}, {**asked, "global_pool": "avg"}
 
     init = kwargs.get("weight_init", "")
     model: Any = timm.create_model(name, **{**kwargs, "block_fn": _BlockArguments, "weight_init": "skip"})
     model.__class__ = _CLASSES[type(model)]  # the trunk is timm's own in all but how it runs the blocks
     model.design, model.base = chosen, name
-    model.arguments = {k: v for k, v in kwargs.items() if k not in _RUNTIME_ARGUMENTS}
+    model.arguments = {k: v for k, v in asked.items() if k not in _RUNTIME_ARGUMENTS}
     blocks = [FormixBlock(**b.arguments, design=layer) for b, layer in zip(model.blocks, layers, strict=True)]
     model.blocks = BlockStack(*blocks)
+    if norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
     if init != "skip":
         model.weight_init_mode = init
         model.init_weights(needs_reset=False)

@@ -1,0 +1,267 @@
+"""A pretrained model in another design: weights carried over, folded, initialised by rule, or kept aside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formix.benchmarks import count_flops
+from formix.conversion.hybrid import choose_layers
+from formix.conversion.plan import NewWeight, Plan, layer_changes, layers_of_design, shapes
+from formix.conversion.record import Conversion, sha256
+from formix.conversion.roles import Layer, layers, weight_in_out
+from formix.conversion.source import Source, like, open_source
+from formix.conversion.weight_map import forward
+from formix.design import Design
+
+TOKENS = 128  # of the sequence on which a text model's operations are counted
+SIGMOID_BIAS, SILU_BIAS = 4.0, 1.2784645  # silu(1.2784645) = 1
+GATE_BIASES = {"identity": 1.0, "silu": SILU_BIAS, "sigmoid": SIGMOID_BIAS}
+
+
+def convert_model(
+    model: nn.Module,
+    design: str | Design,
+    *,
+    layers: Sequence[int] | str | None = None,
+    keep: str | None = None,
+) -> Any:
+    """See `formix.convert`; a model in memory."""
+    source = open_source(model)
+    chosen = choose(source, design, layers, keep)
+    state, before = source_state(source, model)
+    target = like(source.build(chosen), model)
+    plan = carry_over(source, model, target, state, before)
+    _count(plan, source, model, target)
+    target.conversion = _record(source, model, target, plan, state, before)
+    return target.eval()
+
+
+def plan_conversion(
+    model: nn.Module,
+    design: str | Design,
+    *,
+    layers: Sequence[int] | str | None = None,
+    keep: str | None = None,
+) -> Plan:
+    """What `formix.convert` would do; the source is left as it is and nothing is written."""
+    return convert_model(model, design, layers=layers, keep=keep).conversion_plan
+
+
+def restore(model: nn.Module) -> Any:
+    """The source's own class with the weights of a converted model, bit for bit where nothing was trained.
+
+    Raises:
+        ValueError: a model that `formix.convert` did not make, or one whose source was a model of formix's.
+    """
+    from formix.conversion.weight_map import backward
+
+    conversion = Conversion.of(model)
+    if conversion is None:
+        raise ValueError(f"This {type(model).__name__} was not converted: it has no record of a source.")
+    original = like(conversion.rebuild(), model)
+    state = backward(conversion.moves, _whole(model, conversion)) | conversion.unplaced
+    original.load_state_dict(state, strict=True)
+    return original.eval()
+
+
+def choose(source: Source, design: str | Design, layers: Any = None, keep: str | None = None) -> Design:
+    """The design of the whole model.
+
+    Raises:
+        ValueError: a design that the source cannot have.
+    """
+    chosen = choose_layers(design, source.depth, layers=layers, keep=keep)
+    refusal = chosen.causal_refusal(source.depth) if source.causal else None
+    if refusal:
+        raise ValueError(refusal)
+    return chosen
+
+
+def source_state(source: Source, model: nn.Module) -> tuple[dict[str, Tensor], Conversion | None]:
+    """The source's tensors under formix's names, those that an earlier conversion kept aside included."""
+    before = Conversion.of(model)
+    if before is not None:
+        return _whole(model, before), before
+    return forward(source.moves, model.state_dict()), None
+
+
+def _whole(model: nn.Module, conversion: Conversion) -> dict[str, Tensor]:
+    """A converted model's tensors and those kept aside; originals of folded ones, unless training has changed them."""
+    state = dict(model.state_dict())
+    like_model = next(iter(state.values()))
+    for name, tensor in conversion.aside.items():
+        if name not in state or not conversion.trained:
+            state[name] = tensor.to(like_model.device)
+    return state
+
+
+def carry_over(
+    source: Source, model: nn.Module, target: nn.Module, state: Mapping[str, Tensor], before: Conversion | None
+) -> Plan:
+    """Give the target every weight that has a place, start the others by rule; returns what was done."""
+    own = target.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    new = [name for name in own if name not in fits]
+    target.load_state_dict(fits, strict=False)
+    rules = _start(target, new)
+    folded = _fold_norms(target, state)
+    dropped = shapes({k: v for k, v in state.items() if k not in fits})
+    dropped |= {k: list(v.shape) for k, v in _unplaced(source, model, before).items()}
+    design = _design_of(target)
+    own_mixer = "cross-covariance" if source.family == "xcit" and before is None else "softmax"
+    plan = Plan(
+        family=source.family,
+        source=type(model).__name__,
+        design=design.to_dict(),
+        formula=design.describe(),
+        layers=layer_changes(_before(model, source), layers_of_design(design, source.depth), own_mixer),
+        kept=sorted(set(fits) - set(folded)),
+        folded=folded,
+        new=[NewWeight(name=name, shape=list(own[name].shape), rule=rules[name]) for name in new],
+        dropped=dropped,
+        parameters=tuple(sum(p.numel() for p in m.parameters()) for m in (model, target)),  # type: ignore[arg-type]
+    )
+    target.conversion_plan = plan
+    return plan
+
+
+def _record(
+    source: Source,
+    model: nn.Module,
+    target: nn.Module,
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    before: Conversion | None,
+) -> Conversion:
+    placed = set(plan.kept)
+    aside = {k: v.detach().clone() for k, v in state.items() if k not in placed}
+    if before is not None:
+        return Conversion(
+            source=before.source,
+            source_sha256=before.source_sha256,
+            moves=before.moves,
+            plan=plan.to_dict(),
+            aside=aside,
+            unplaced=before.unplaced,
+            stages=[*before.stages],
+            data=[*before.data],
+        )
+    return Conversion(
+        source=source.description,
+        source_sha256=sha256(model.state_dict()),
+        moves=source.moves,
+        plan=plan.to_dict(),
+        aside=aside,
+        unplaced={k: v.detach().clone() for k, v in _unplaced(source, model, None).items()},
+    )
+
+
+def _unplaced(source: Source, model: nn.Module, before: Conversion | None) -> dict[str, Tensor]:
+    if before is not None:
+        return before.unplaced
+    state = model.state_dict()
+    return {name: state[name] for name in source.unplaced}
+
+
+def _design_of(model: Any) -> Design:
+    from formix.design import design as find_design
+
+    return find_design(model.config.design if hasattr(model, "config") else model.design)
+
+
+def _before(model: nn.Module, source: Source) -> Any:
+    own = type(model).__module__.startswith("formix.")
+    return layers_of_design(_design_of(model), source.depth) if own else None
+
+
+@torch.no_grad()
+def _start(target: nn.Module, new: Sequence[str]) -> dict[str, str]:
+    """Start new parameters so that the model is as near to its source as it can be; returns each one's rule."""
+    rules = {}
+    parameters = dict(target.named_parameters()) | dict(target.named_buffers())
+    gates = {
+        name: getattr(module.mixer, "gate", None) for name, module in target.named_modules() if hasattr(module, "mixer")
+    }
+    for name in new:
+        kind = name.rsplit(".", 2)[-2] if "." in name else name
+        tensor = parameters.get(name)
+        if kind == "gate" and tensor is not None:
+            gate = gates[name.rpartition(".gate.")[0]]
+            value = 0.0 if name.endswith("weight") else GATE_BIASES[str(gate)]
+            tensor.fill_(value)
+            rules[name] = f"{value:g}, so that the gate starts open"
+        elif kind == "fc3" and tensor is not None:
+            tensor.zero_()
+            rules[name] = "0, so that the gated unit's branch starts at nothing"
+        elif kind in ("q_norm", "k_norm"):
+            rules[name] = "1"
+        else:
+            rules[name] = "as the model's constructor initialises it"
+    return rules
+
+
+@torch.no_grad()
+def _fold_norms(target: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Parallel pre-norm layers of pre-norm families read the first norm where their FFN read the second: fold the
+    difference of the two norms' weights into the FFN's first layer,
+
+        W (g2 n + b2) + b = W (g2 / g1) (g1 n + b1) + b + W (b2 - (g2 / g1) b1)
+
+    so that the FFN sees what the source's second norm would make of the layer's input.
+    """
+    folded: dict[str, str] = {}
+    names = {id(p): n for n, p in target.named_parameters()}
+    for layer in layers(target):
+        layout = layer.design.layout
+        if not layout.parallel or layer.trunk != "pre" or layout.norm == "post" or not layer.ffn_in:
+            continue
+        first = layer.norms[0]
+        prefix = names[id(first.weight)].removesuffix("weight")
+        second = {"norm1.": "norm2.", "ln_1.": "ln_2.", "input_layernorm.": "post_attention_layernorm."}
+        old, new = next((a, b) for a, b in second.items() if prefix.endswith(a))
+        gone = prefix.removesuffix(old) + new
+        if f"{gone}weight" not in state or f"{gone}weight" in names.values():
+            continue
+        g1, g2 = first.weight, state[f"{gone}weight"].to(first.weight)
+        floor = 1e-6 * g1.abs().max().clamp(min=math.ulp(0.0))
+        ratio = torch.where(g1.abs() > floor, g2 / torch.where(g1.abs() > floor, g1, 1), torch.zeros_like(g1))
+        for linear in layer.ffn_in:
+            weight = weight_in_out(linear)  # [C, F]
+            if getattr(first, "bias", None) is not None and f"{gone}bias" in state:
+                shift = state[f"{gone}bias"].to(g1) - ratio * first.bias
+                linear.bias += shift @ weight
+                folded[names[id(linear.bias)]] = f"{gone}bias"
+            weight.mul_(ratio[:, None])
+            folded[names[id(linear.weight)]] = f"{gone}weight"
+    return folded
+
+
+def example_input(model: Any, family: str) -> tuple[Any, str]:
+    """A batch of one on which operations are counted, and what it is."""
+    if hasattr(model, "config"):
+        limit = getattr(model.config, "max_position_embeddings", TOKENS) or TOKENS
+        tokens = min(TOKENS, limit - 2 if family == "roberta" else limit)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        more = {"use_cache": False} if family in ("gpt2", "llama") else {}
+        return {"input_ids": ids, **more}, f"{tokens} tokens"
+    size = model.img_size() if callable(getattr(model, "img_size", None)) else model.patch_embed.img_size
+    return torch.zeros(1, model.in_chans, *size), f"an image of {size[0]} x {size[1]}"
+
+
+def _count(plan: Plan, source: Source, model: Any, target: Any) -> None:
+    inputs, plan.input = example_input(target, source.family)
+    if isinstance(inputs, dict):
+        inputs = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    inputs = inputs.to(next(target.parameters()).dtype) if isinstance(inputs, Tensor) else inputs
+    own = type(model).__module__.startswith("formix.")
+    before = None
+    if own:
+        before = count_flops(model, inputs)
+    elif source.family != "xcit":  # cross-covariance attention is none of formix's mixers
+        before = count_flops(source.build(Design()).to(next(target.parameters()).dtype), inputs)
+    plan.flops = (before, count_flops(target, inputs))

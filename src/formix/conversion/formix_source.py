@@ -1,0 +1,84 @@
+"""Sources of formix itself: a model in one design, asked for in another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from formix.conversion.record import Conversion
+from formix.conversion.source import Source
+from formix.conversion.weight_map import Move
+from formix.design import Design
+
+
+def open_formix(model: Any) -> Source:
+    """The source for a model of formix's; one that was converted before brings back what was left out then.
+
+    Raises:
+        ValueError: a published model whose weights belong to its own design (Activator, the ReLU ViT), or one whose
+            heads for skip wiring were pruned.
+    """
+    from formix.conversion.timm_source import pooled
+    from formix.models import vit
+    from formix.models.xcit import FormixXcit
+
+    if getattr(getattr(model, "config", None), "pruned_kv", False):
+        raise ValueError(
+            "This model was pruned for its own skip wiring and lacks projections that another design reads; start "
+            "from the model that was pruned."
+        )
+    identity = [Move(sources=(name,), target=name) for name in model.state_dict()]
+    common: dict[str, Any] = {"moves": identity, "rebuild": lambda: None, "description": {"library": "formix"}}
+    before = Conversion.of(model)
+    if before is not None:
+        common |= {"rebuild": before.rebuild, "description": before.source}
+    if isinstance(model, vit._DesignedTrunk):
+        arguments = vit.config_of(model)["model_args"]
+        base = arguments.pop("base")
+        del arguments["design"]
+        depth = len(model.blocks)  # type: ignore[attr-defined]
+        if before is not None and not model.design.mixes_tokens(depth):  # the pooling was changed for this design
+            arguments.pop("fc_norm", None)
+            arguments["global_pool"] = before.source.get("arguments", {}).get("global_pool", "token")
+        return Source(
+            family="vit",
+            depth=depth,
+            causal=False,
+            build=lambda design: vit.create_vit(base, design, **pooled(arguments, design, depth)),
+            **common,
+        )
+    if isinstance(model, FormixXcit) and model.architecture == "formix_xcit":
+        import timm
+
+        given = model.saved_config()["model_args"]
+        official = model.design.official  # type: ignore[union-attr]
+
+        def build_xcit(design: Design) -> Any:
+            import dataclasses
+
+            return timm.create_model(
+                "formix_xcit", **{**given, "design": dataclasses.replace(design, official=official)}
+            )
+
+        return Source(family="xcit", depth=len(model.blocks), causal=False, build=build_xcit, **common)
+    config = getattr(model, "config", None)
+    family = str(getattr(config, "model_type", "")).removeprefix("formix_")
+    from formix.models.text import FAMILIES
+
+    if family not in FAMILIES:
+        raise ValueError(f"A {type(model).__name__} has no other design: its weights belong to the published one.")
+    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "design", "architectures")}  # type: ignore[union-attr]
+
+    def build(design: Design) -> Any:
+        built = type(model)(type(config)(**fields, design=design.to_dict()))  # type: ignore[call-arg, misc]
+        trunk, ours = (getattr(m, m.base_model_prefix, m) for m in (model, built))
+        if hasattr(trunk, "pooler") and trunk.pooler is None:
+            ours.pooler = None
+        return built
+
+    return Source(
+        family=family,
+        depth=config.num_hidden_layers,  # type: ignore[union-attr]
+        causal=family in ("gpt2", "llama"),
+        build=build,
+        **common,
+    )

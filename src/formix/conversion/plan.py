@@ -1,0 +1,108 @@
+"""What a conversion does to a model, before it does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from formix.design import Design, LayerDesign
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewWeight:
+    """A parameter that the source has no weight for, and how it starts."""
+
+    name: str
+    shape: list[int]
+    rule: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChange:
+    """What becomes of one layer."""
+
+    layer: int
+    mixer: str  # "softmax -> pointwise"
+    layout: str  # "series -> parallel, post-norm"
+    keys_of: int | None  # the layer whose keys and values some of its heads read
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """The changes of a conversion: layers, weights, parameters and operations."""
+
+    family: str
+    source: str
+    design: dict[str, Any]
+    formula: str
+    layers: list[LayerChange]
+    kept: list[str] = field(default_factory=list)  # formix's names
+    folded: dict[str, str] = field(default_factory=dict)  # name -> what was folded into it
+    new: list[NewWeight] = field(default_factory=list)
+    dropped: dict[str, list[int]] = field(default_factory=dict)  # name -> shape; kept aside, to convert back
+    parameters: tuple[int, int] = (0, 0)  # before, after
+    flops: tuple[int | None, int | None] = (None, None)  # of one forward pass on `input`
+    input: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} -> {self.formula}", ""]
+        lines += [
+            f"  layer {c.layer}: {c.mixer}; {c.layout}"
+            + ("" if c.keys_of is None else f"; some heads read keys and values of layer {c.keys_of}")
+            for c in self.layers
+        ]
+        lines += ["", f"  kept     {len(self.kept)} tensors"]
+        lines += [f"  folded   {name}: {what}" for name, what in self.folded.items()] or ["  folded   none"]
+        lines += [f"  new      {w.name} {w.shape}: {w.rule}" for w in self.new] or ["  new      none"]
+        lines += [f"  dropped  {name} {shape}, kept aside" for name, shape in self.dropped.items()] or [
+            "  dropped  none"
+        ]
+        before, after = self.parameters
+        lines += ["", f"  parameters  {before:,} -> {after:,}"]
+        if self.flops[1] is not None:
+            ops = "not counted" if self.flops[0] is None else f"{self.flops[0] / 1e9:.3f} G"
+            lines += [f"  operations  {ops} -> {self.flops[1] / 1e9:.3f} G for {self.input}"]
+        return "\n".join(lines)
+
+
+def layer_changes(before: list[LayerDesign] | None, after: list[LayerDesign], own_mixer: str) -> list[LayerChange]:
+    """The layers whose design differs; `before` is None for a source of another library, `own_mixer` its mixer."""
+    changes = []
+    for i, layer in enumerate(after):
+        old_mixer = own_mixer if before is None else before[i].mixer.kind
+        old_layout = "series" if before is None else _layout(before[i])
+        old = (old_mixer, old_layout, None if before is None else before[i].source)
+        new = (layer.mixer.kind, _layout(layer), layer.source)
+        same_mixer = old[0] == new[0] and (before is None or before[i].mixer == layer.mixer)
+        if same_mixer and old[1:] == new[1:]:
+            continue
+        changes.append(
+            LayerChange(
+                layer=i,
+                mixer=new[0] if same_mixer else f"{old[0]} -> {new[0]}",
+                layout=new[1] if old[1] == new[1] else f"{old[1]} -> {new[1]}",
+                keys_of=layer.source,
+            )
+        )
+    return changes
+
+
+def layers_of_design(design: Design, depth: int) -> list[LayerDesign]:
+    return [design.layer(i, depth) for i in range(depth)]
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _layout(layer: LayerDesign) -> str:
+    layout = layer.layout
+    kind = "parallel" if layout.parallel else "series" if layout.ffn else "no FFN"
+    return f"{kind}, {layout.norm}-norm" if layout.norm else kind

@@ -1,0 +1,135 @@
+"""What a converted model knows of where it came from: `model.conversion`, and conversion.json beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from formix.conversion.weight_map import Move
+
+FILE, ASIDE = "conversion.json", "conversion.safetensors"
+PACKAGES = ("formix", "torch", "timm", "transformers", "safetensors")
+
+
+@dataclass(kw_only=True)
+class Conversion:
+    """Where a model came from, and the tensors of its source that its design has no place for.
+
+    Those tensors are kept aside, so that converting back restores the source. `aside` holds them under formix's names,
+    with the originals of tensors that were folded; `unplaced` under the source's names, as no design has a place.
+    """
+
+    source: dict[str, Any]  # class and configuration
+    source_sha256: str  # of all its tensors
+    moves: list[Move]
+    plan: dict[str, Any]
+    aside: dict[str, Tensor] = field(default_factory=dict)
+    unplaced: dict[str, Tensor] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)  # calibration and recovery, in order
+    data: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=lambda: {name: _version(name) for name in PACKAGES})
+
+    @staticmethod
+    def of(model: nn.Module) -> Conversion | None:
+        """A model's record: its own, or the one beside the directory that it was loaded from."""
+        own = getattr(model, "conversion", None)
+        if isinstance(own, Conversion):
+            return own
+        directory = getattr(model, "loaded_from", None)
+        if directory is None or not (Path(directory) / FILE).is_file():
+            return None
+        return Conversion.read(Path(directory))
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are the source's no more."""
+        return any(stage.get("trained") for stage in self.stages)
+
+    def rebuild(self) -> Any:
+        """The source's own class, as its constructor initialises it."""
+        if self.source.get("library") == "timm":
+            from formix.conversion import timm_source
+
+            return timm_source.rebuild(self.source)
+        if self.source.get("library") == "transformers":
+            from formix.conversion import transformers_source
+
+            return transformers_source.rebuild(self.source)
+        raise ValueError("This model was converted from a model of formix's, which has no class of another library.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """conversion.json."""
+        return {
+            "source": _plain(self.source),
+            "source_sha256": self.source_sha256,
+            "plan": self.plan,
+            "stages": self.stages,
+            "data": self.data,
+            "metrics": self.metrics,
+            "versions": self.versions,
+            "mapping": [dataclasses.asdict(move) for move in self.moves],
+        }
+
+    def write(self, directory: Path) -> None:
+        """Write both files into a model's directory."""
+        tensors = {f"aside.{k}": v for k, v in self.aside.items()} | {
+            f"unplaced.{k}": v for k, v in self.unplaced.items()
+        }
+        partial = directory / (ASIDE + ".partial")
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(partial))
+        os.replace(partial, directory / ASIDE)
+        partial = directory / (FILE + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1, default=str) + "\n")
+        os.replace(partial, directory / FILE)
+
+    @classmethod
+    def read(cls, directory: Path) -> Conversion:
+        """The record in a directory.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            stored = json.loads((directory / FILE).read_text())
+            tensors = load_file(directory / ASIDE)
+            mapping = stored.pop("mapping")
+            return cls(
+                **stored,
+                moves=[Move(**{**move, "sources": tuple(move["sources"])}) for move in mapping],
+                aside={k.removeprefix("aside."): v for k, v in tensors.items() if k.startswith("aside.")},
+                unplaced={k.removeprefix("unplaced."): v for k, v in tensors.items() if k.startswith("unplaced.")},
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+            raise ValueError(f"{directory / FILE} is damaged ({error}); convert the model again.") from None
+
+
+def sha256(state: Mapping[str, Tensor]) -> str:
+    """Of names and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

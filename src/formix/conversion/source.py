@@ -1,0 +1,91 @@
+"""What a conversion needs to know of a source model, whichever library it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from formix.conversion.weight_map import Move
+from formix.design import Design
+
+FAMILIES = (
+    "timm's VisionTransformer (vit, deit, DINOv2) and Xcit; transformers' BERT, RoBERTa, DistilBERT, ViT, DeiT, DINOv2, "
+    "GPT-2, Llama, Qwen2, Qwen3 and Mistral; and formix's own models"
+)
+
+
+@dataclass(kw_only=True)
+class Source:
+    """A source model's weights and how to build formix's model for them."""
+
+    family: str  # "bert", "vit", ...
+    depth: int  # layers
+    causal: bool  # a decoder
+    build: Callable[[Design], Any]  # formix's model in a design, as its constructor initialises it
+    rebuild: Callable[[], Any]  # the source's own class again, as its constructor initialises it
+    description: dict[str, Any]  # plain data that says which class and configuration it was
+    moves: list[Move] = field(default_factory=list)
+    unplaced: list[str] = field(default_factory=list)  # tensors that formix's model has no place for in any design
+
+
+def open_source(model: Any) -> Source:
+    """The source for a model in memory.
+
+    Raises:
+        ValueError: a model that cannot be converted, with the reason.
+    """
+    refuse_wrapped(model)
+    module = type(model).__module__
+    if module.startswith("formix."):
+        from formix.conversion.formix_source import open_formix
+
+        return open_formix(model)
+    if module.startswith("timm."):
+        from formix.conversion.timm_source import open_timm
+
+        return open_timm(model)
+    if module.startswith("transformers."):
+        from formix.conversion.transformers_source import open_transformers
+
+        return open_transformers(model)
+    raise unknown_family(model)
+
+
+def unknown_family(model: Any) -> ValueError:
+    return ValueError(f"A {type(model).__name__} is of no family that formix converts; it knows {FAMILIES}.")
+
+
+def refuse_wrapped(model: Any) -> None:
+    """Raise `ValueError` for a model whose weights are not plain parameters of its own modules."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"The source is a {type(model).__name__}; give a model, or a name or directory of one.")
+    wrapper = type(model).__name__
+    if wrapper == "OptimizedModule":
+        raise ValueError("The source is compiled; convert the model before torch.compile, or its _orig_mod.")
+    if wrapper in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"):
+        raise ValueError(f"The source is wrapped in {wrapper}; convert the model inside it (its .module).")
+    if any(
+        "FullyShardedDataParallel" in type(m).__name__ or type(m).__name__.startswith("FSDP") for m in model.modules()
+    ):
+        raise ValueError("The source is sharded by FSDP; gather its weights in an unwrapped model and convert that.")
+    if hasattr(model, "peft_config"):
+        raise ValueError("The source carries adapters; merge them (merge_and_unload) and convert the result.")
+    quantised = getattr(model, "quantization_method", None) or getattr(
+        getattr(model, "config", None), "quantization_config", None
+    )
+    packed = any(
+        not (p.is_floating_point() or p.is_complex()) or type(p).__name__ in ("Params4bit", "Int8Params")
+        for p in model.parameters()
+    ) or any("quantized" in type(m).__module__ for m in model.modules())
+    if quantised or packed:
+        raise ValueError("The source is quantised; load it without quantisation and convert that.")
+
+
+def like(target: nn.Module, source: nn.Module) -> Any:
+    """`target` with the source's device and floating-point type."""
+    parameter = next(source.parameters(), torch.empty(0))
+    return target.to(device=parameter.device, dtype=parameter.dtype)

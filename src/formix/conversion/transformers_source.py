@@ -1,0 +1,230 @@
+"""Sources of transformers: text models on formix's families, image models on timm's trunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from formix.conversion.source import Source, unknown_family
+from formix.conversion.weight_map import ROWS, SAME, Move, Rule, resolve
+from formix.design import Design
+
+DECODERS = ("gpt2", "llama")
+# model type -> (formix's family, fields of its config that the source's has not)
+TEXT: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {}),
+    "roberta": ("roberta", {}),
+    "distilbert": ("distilbert", {}),
+    "gpt2": ("gpt2", {}),
+    "llama": ("llama", {}),
+    "qwen2": ("llama", {"qkv_bias": True, "attention_bias": False}),
+    "qwen3": ("llama", {"qk_rms_norm": True}),
+    "mistral": ("llama", {}),
+}
+IMAGES = ("vit", "deit", "dinov2", "dinov2_with_registers")
+_PRE, _LAYER, _W = r"(?:\w+\.)?", r"(?P<i>\d+)", r"(?P<w>weight|bias)"
+
+
+def _distilbert(theirs: str, ours: str) -> Rule:
+    pattern = rf"(?P<p>{_PRE})transformer\.layer\.{_LAYER}\.{theirs}\.{_W}"
+    return Rule(sources=(pattern,), target=f"{{p}}encoder.layer.{{i}}.{ours}.{{w}}")
+
+
+DISTILBERT = (
+    _distilbert(r"attention\.q_lin", "attention.self.query"),
+    _distilbert(r"attention\.k_lin", "attention.self.key"),
+    _distilbert(r"attention\.v_lin", "attention.self.value"),
+    _distilbert(r"attention\.out_lin", "attention.output.dense"),
+    _distilbert(r"sa_layer_norm", "attention.output.LayerNorm"),
+    _distilbert(r"ffn\.lin1", "intermediate.dense"),
+    _distilbert(r"ffn\.lin2", "output.dense"),
+    _distilbert(r"output_layer_norm", "output.LayerNorm"),
+    Rule(sources=(rf"(?P<n>(?!{_PRE}transformer\.layer\.).*)",), target="{n}"),
+)
+SAME_NAMES = (Rule(sources=(r"(?P<n>.*)",), target="{n}"),)
+
+
+def _image(theirs: str, ours: str, operation: str = SAME) -> Rule:
+    return Rule(sources=(_PRE + theirs,), target=ours, operation=operation)
+
+
+def _block(theirs: tuple[str, ...], ours: str, operation: str = SAME) -> Rule:
+    layer = rf"{_PRE}(?:encoder\.)?layers?\.{_LAYER}\."
+    return Rule(
+        sources=tuple(rf"{layer}{part}\.{_W}" for part in theirs),
+        target=f"blocks.{{i}}.{ours}.{{w}}",
+        operation=operation,
+    )
+
+
+# roles by all the names that transformers has given them
+IMAGE = (
+    _image(r"embeddings\.cls_token", "cls_token"),
+    _image(r"embeddings\.register_tokens", "reg_token"),
+    _image(rf"embeddings\.patch_embeddings\.projection\.{_W}", "patch_embed.proj.{w}"),
+    _block((r"(?:layernorm_before|norm1)",), "norm1"),
+    _block((r"(?:layernorm_after|norm2)",), "norm2"),
+    _block(
+        tuple(
+            rf"attention\.(?:attention\.)?(?:{new}|{old})"
+            for new, old in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
+        ),
+        "attn.qkv",
+        ROWS,
+    ),  # fmt: skip
+    _block((r"attention\.(?:o_proj|output\.dense)",), "attn.proj"),
+    _block((r"(?:mlp\.fc1|intermediate\.dense)",), "mlp.fc1"),
+    _block((r"(?:mlp\.fc2|output\.dense)",), "mlp.fc2"),
+    *(
+        Rule(
+            sources=(rf"{_PRE}(?:encoder\.)?layers?\.{_LAYER}\.layer_scale{n}\.lambda1",),
+            target=f"blocks.{{i}}.ls{n}.gamma",
+        )
+        for n in (1, 2)
+    ),
+    _image(rf"layernorm\.{_W}", "norm.{w}"),
+    Rule(sources=(rf"(?:classifier|cls_classifier)\.{_W}",), target="head.{w}"),
+    Rule(sources=(rf"distillation_classifier\.{_W}",), target="head_dist.{w}"),
+)
+_TIMM_ACTIVATIONS = {
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def open_transformers(model: Any) -> Source:
+    """The source for a model of transformers'.
+
+    Raises:
+        ValueError: a family that formix does not know, or a head that its models have not.
+    """
+    kind = str(getattr(model.config, "model_type", ""))
+    if kind in TEXT:
+        return _text(model, *TEXT[kind])
+    if kind in IMAGES:
+        return _image_source(model, kind)
+    raise unknown_family(model)
+
+
+def _text(model: Any, family: str, more: dict[str, Any]) -> Source:
+    from formix.models.text import FAMILIES
+
+    config_class, classes = FAMILIES[family]
+    stem, plain = type(model).__name__, {c.__name__.removeprefix("Formix"): c for c in classes.values()}
+    ours = {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}.get(model.config.model_type)
+    model_class = plain.get(stem.replace(ours, "Llama") if ours else stem)
+    if model_class is None:
+        raise ValueError(f"A {stem} has a head that formix does not have; its {family} models are {', '.join(plain)}.")
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")} | more
+    if model.config.model_type == "mistral" and model.config.sliding_window:
+        fields["layer_types"] = ["sliding_attention"] * model.config.num_hidden_layers
+
+    def build(design: Design) -> Any:
+        built = model_class(config_class(**fields, design=design.to_dict()))
+        trunk = getattr(model, model.base_model_prefix, model)
+        if hasattr(trunk, "pooler") and trunk.pooler is None:  # BertModel(add_pooling_layer=False)
+            getattr(built, built.base_model_prefix, built).pooler = None
+        return built
+
+    rules = DISTILBERT if family == "distilbert" else SAME_NAMES
+    moves, unplaced = resolve(rules, model.state_dict())
+    return Source(
+        family=family,
+        depth=model.config.num_hidden_layers,
+        causal=family in DECODERS,
+        build=build,
+        rebuild=lambda: rebuild(describe(model)),
+        description=describe(model),
+        moves=moves,
+        unplaced=unplaced,
+    )
+
+
+def _image_source(model: Any, kind: str) -> Source:
+    from formix.conversion.timm_source import pooled
+    from formix.models.vit import create_vit
+
+    config, state = model.config, model.state_dict()
+    name = type(model).__name__
+    if name not in _IMAGE_CLASSES:
+        raise ValueError(
+            f"A {name} has a head that timm's trunk does not have; formix takes {', '.join(_IMAGE_CLASSES)}."
+        )
+    if getattr(config, "use_swiglu_ffn", False):
+        raise ValueError("This DINOv2 has a SwiGLU FFN; convert timm's vit_giant_patch14_dinov2 instead.")
+    if config.hidden_act not in _TIMM_ACTIVATIONS:
+        raise ValueError(f"hidden_act is {config.hidden_act!r}; timm's trunk has {', '.join(_TIMM_ACTIVATIONS)}.")
+    distilled = name == "DeiTForImageClassificationWithTeacher"
+    deit, rules = kind == "deit", list(IMAGE)
+    token = "dist_token" if distilled else "reg_token"
+    rules.append(_image(r"embeddings\.distillation_token", token))
+    registers = getattr(config, "num_register_tokens", 0)
+    # timm adds position embeddings to register tokens too, transformers does not
+    operation = f"zero_rows(1,{registers})" if registers else SAME
+    rules.append(_image(r"embeddings\.position_embeddings", "pos_embed", operation))
+    moves, unplaced = resolve(rules, state)
+    width = config.hidden_size
+    hidden = getattr(config, "intermediate_size", None) if not hasattr(config, "mlp_ratio") else None
+    arguments: dict[str, Any] = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.num_channels,
+        "embed_dim": width,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": (hidden + 0.5) / width if hidden else config.mlp_ratio,  # timm takes the whole part
+        "qkv_bias": config.qkv_bias,
+        "act_layer": _TIMM_ACTIVATIONS[config.hidden_act],
+        "num_classes": config.num_labels if any(m.target.startswith("head.") for m in moves) else 0,
+        "norm_eps": config.layer_norm_eps,
+    }
+    if kind.startswith("dinov2"):
+        arguments |= {"init_values": 1.0, "dynamic_img_size": True}
+    if registers or (deit and not distilled):
+        arguments["reg_tokens"] = registers or 1
+    base = "deit_tiny_distilled_patch16_224" if distilled else "vit_tiny_patch16_224"
+
+    def build(design: Design) -> Any:
+        return create_vit(
+            base, design, **(arguments if distilled else pooled(arguments, design, config.num_hidden_layers))
+        )
+
+    return Source(
+        family=kind,
+        depth=config.num_hidden_layers,
+        causal=False,
+        build=build,
+        rebuild=lambda: rebuild(describe(model)),
+        description=describe(model),
+        moves=moves,
+        unplaced=unplaced,
+    )
+
+
+_IMAGE_CLASSES = (
+    "ViTModel",
+    "ViTForImageClassification",
+    "DeiTModel",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "Dinov2Model",
+    "Dinov2WithRegistersModel",
+)
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Class and configuration as plain data, for `rebuild`."""
+    return {"library": "transformers", "class": type(model).__name__, "config": model.config.to_dict()}
+
+
+def rebuild(description: dict[str, Any]) -> Any:
+    """transformers' own class again."""
+    model_class = getattr(transformers, description["class"])
+    return model_class(model_class.config_class.from_dict(dict(description["config"])))
+
+
+__all__ = ["Move", "describe", "open_transformers", "rebuild"]
