@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 
 from formix.commands.analyze import analyze
 from formix.commands.compare import compare
+from formix.commands.convert import convert
 from formix.commands.lists import data, designs, implementations
 from formix.commands.report import report
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
+    "convert": convert,
     "report": report,
     "analyze": analyze,
     "designs": designs,

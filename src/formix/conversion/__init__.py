@@ -33,7 +33,7 @@ def convert(
         ValueError: a source that cannot be converted (quantised, wrapped, compiled, unknown) or a design that cannot
             serve it (SimA in a decoder).
     """
-    from formix.conversion.convert import convert_model
+    from formix.conversion.carry import convert_model
 
     return convert_model(_opened(model), design, layers=layers, keep=keep)
 
@@ -42,14 +42,14 @@ def plan(
     model: Any, design: str | Design, *, layers: Sequence[int] | str | None = None, keep: str | None = None
 ) -> Plan:
     """What `convert` would do with these arguments: layers changed, weights kept, folded, new and dropped."""
-    from formix.conversion.convert import plan_conversion
+    from formix.conversion.carry import plan_conversion
 
     return plan_conversion(_opened(model), design, layers=layers, keep=keep)
 
 
 def restore(model: Any) -> Any:
     """The source's own class (timm's or transformers') with the weights of a converted model or its directory."""
-    from formix.conversion.convert import restore as run
+    from formix.conversion.carry import restore as run
 
     return run(_opened(model))
 

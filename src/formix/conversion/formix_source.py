@@ -35,7 +35,7 @@ def open_formix(model: Any) -> Source:
         arguments = vit.config_of(model)["model_args"]
         base = arguments.pop("base")
         del arguments["design"]
-        depth = len(model.blocks)  # type: ignore[attr-defined]
+        depth = len(model.blocks)
         if before is not None and not model.design.mixes_tokens(depth):  # the pooling was changed for this design
             arguments.pop("fc_norm", None)
             arguments["global_pool"] = before.source.get("arguments", {}).get("global_pool", "token")
@@ -69,7 +69,7 @@ def open_formix(model: Any) -> Source:
     fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "design", "architectures")}  # type: ignore[union-attr]
 
     def build(design: Design) -> Any:
-        built = type(model)(type(config)(**fields, design=design.to_dict()))  # type: ignore[call-arg, misc]
+        built = type(model)(type(config)(**fields, design=design.to_dict()))  # type: ignore[misc]
         trunk, ours = (getattr(m, m.base_model_prefix, m) for m in (model, built))
         if hasattr(trunk, "pooler") and trunk.pooler is None:
             ours.pooler = None

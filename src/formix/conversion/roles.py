@@ -71,7 +71,7 @@ def _layer(name: str, block: Any) -> Layer | None:
         )  # fmt: skip
     if kind == "FormixBertLayer":
         attention = block.attention
-        self_attention = getattr(attention, "self", None)
+        self_attention: Any = getattr(attention, "self", None)
         unit = attention.unit
         bias = None if unit is not None or self_attention.has_qk_norm else self_attention.key.bias.data
         ffn = block.output is not None

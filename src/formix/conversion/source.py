@@ -13,8 +13,8 @@ from formix.conversion.weight_map import Move
 from formix.design import Design
 
 FAMILIES = (
-    "timm's VisionTransformer (vit, deit, DINOv2) and Xcit; transformers' BERT, RoBERTa, DistilBERT, ViT, DeiT, DINOv2, "
-    "GPT-2, Llama, Qwen2, Qwen3 and Mistral; and formix's own models"
+    "timm's VisionTransformer (vit, deit, DINOv2) and Xcit; transformers' BERT, RoBERTa, DistilBERT, ViT, DeiT, "
+    "DINOv2, GPT-2, Llama, Qwen2, Qwen3 and Mistral; and formix's own models"
 )
 
 

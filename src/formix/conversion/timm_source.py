@@ -87,7 +87,7 @@ def _source(family: str, name: str, arguments: dict, model: Any, build: Any, mov
 
 
 def pooled(arguments: dict[str, Any], design: Design, depth: int) -> dict[str, Any]:
-    """The arguments, with the mean of the tokens in place of a class token that a design without mixing leaves blind."""
+    """The arguments, with the tokens' mean in place of a class token that a design without mixing leaves blind."""
     blind = not design.mixes_tokens(depth) and arguments.get("global_pool", "token") == "token"
     return arguments | {"global_pool": "avg", "fc_norm": False} if blind else arguments
 
@@ -104,13 +104,9 @@ def _asked_for(model: Any, read: Any) -> tuple[str, dict[str, Any]]:
         raise ValueError("This timm model does not say its name (pretrained_cfg); make it with timm.create_model.")
     wanted = read(model)
     always = {k: wanted[k] for k in ("num_classes", "img_size", "in_chans", "global_pool")}
-    probe = (
-        timm.create_model(name, device="meta", **always)
-        if name.startswith("vit") or name.startswith("deit")
-        else (timm.create_model(name, **always))
-    )
+    probe = timm.create_model(name, device="meta", **always)
     arguments = always | {k: v for k, v in wanted.items() if read(probe)[k] != v}
-    probe = timm.create_model(name, **arguments)
+    probe = timm.create_model(name, device="meta", **arguments)
     shapes = {k: v.shape for k, v in probe.state_dict().items()}
     if shapes != {k: v.shape for k, v in model.state_dict().items()}:
         raise ValueError(

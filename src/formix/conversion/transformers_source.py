@@ -72,7 +72,7 @@ IMAGE = (
         ),
         "attn.qkv",
         ROWS,
-    ),  # fmt: skip
+    ),
     _block((r"attention\.(?:o_proj|output\.dense)",), "attn.proj"),
     _block((r"(?:mlp\.fc1|intermediate\.dense)",), "mlp.fc1"),
     _block((r"(?:mlp\.fc2|output\.dense)",), "mlp.fc2"),
@@ -218,13 +218,23 @@ _IMAGE_CLASSES = (
 
 def describe(model: Any) -> dict[str, Any]:
     """Class and configuration as plain data, for `rebuild`."""
-    return {"library": "transformers", "class": type(model).__name__, "config": model.config.to_dict()}
+    trunk = getattr(model, model.base_model_prefix, model)
+    return {
+        "library": "transformers",
+        "class": type(model).__name__,
+        "config": model.config.to_dict(),
+        "pooler": getattr(trunk, "pooler", None) is not None,
+    }
 
 
 def rebuild(description: dict[str, Any]) -> Any:
     """transformers' own class again."""
     model_class = getattr(transformers, description["class"])
-    return model_class(model_class.config_class.from_dict(dict(description["config"])))
+    model = model_class(model_class.config_class.from_dict(dict(description["config"])))
+    trunk = getattr(model, model.base_model_prefix, model)
+    if hasattr(trunk, "pooler") and not description["pooler"]:
+        trunk.pooler = None
+    return model
 
 
 __all__ = ["Move", "describe", "open_transformers", "rebuild"]

@@ -97,7 +97,8 @@ class FormixLlamaAttention(DesignedAttention):
         if config.qk_rms_norm:
             if self.has_qk_norm:
                 raise ValueError("This model normalises queries and keys itself (qk_rms_norm): leave out qk_norm.")
-            self.q_norm, self.k_norm = (RMSNorm(head_dim, eps=config.rms_norm_eps) for _ in range(2))
+            self.q_norm: Any = RMSNorm(head_dim, eps=config.rms_norm_eps)
+            self.k_norm: Any = RMSNorm(head_dim, eps=config.rms_norm_eps)
             self.has_qk_norm = True
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=bias)
 

@@ -13,7 +13,7 @@ from formix.benchmarks import count_flops
 from formix.conversion.hybrid import choose_layers
 from formix.conversion.plan import NewWeight, Plan, layer_changes, layers_of_design, shapes
 from formix.conversion.record import Conversion, sha256
-from formix.conversion.roles import Layer, layers, weight_in_out
+from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
 from formix.conversion.weight_map import forward
 from formix.design import Design
@@ -49,7 +49,13 @@ def plan_conversion(
     keep: str | None = None,
 ) -> Plan:
     """What `formix.convert` would do; the source is left as it is and nothing is written."""
-    return convert_model(model, design, layers=layers, keep=keep).conversion_plan
+    source = open_source(model)
+    chosen = choose(source, design, layers, keep)
+    state, before = source_state(source, model)
+    target = like(source.build(chosen), model)
+    plan = carry_over(source, model, target, state, before)
+    _count(plan, source, model, target)
+    return plan
 
 
 def restore(model: nn.Module) -> Any:
@@ -126,7 +132,6 @@ def carry_over(
         dropped=dropped,
         parameters=tuple(sum(p.numel() for p in m.parameters()) for m in (model, target)),  # type: ignore[arg-type]
     )
-    target.conversion_plan = plan
     return plan
 
 

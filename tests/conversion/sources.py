@@ -1,0 +1,90 @@
+"""Small random models of the real classes of every family that formix converts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import transformers as hf
+from torch import Tensor
+
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 60,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**TEXT, "num_key_value_heads": 2}
+DISTIL = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "vocab_size": 60, "max_position_embeddings": 64}
+IMAGE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 8,
+}
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 60, "n_positions": 64}
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
+    "bert-features": lambda: hf.BertModel(hf.BertConfig(**TEXT), add_pooling_layer=False),
+    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT)),
+    "distilbert": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**DISTIL)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=16)),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=6)),
+    "hf-vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**IMAGE)),
+    "hf-vit-features": lambda: hf.ViTModel(hf.ViTConfig(**IMAGE)),
+    "hf-deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**IMAGE)),
+    "hf-deit-distilled": lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**IMAGE)),
+    "hf-dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**IMAGE)),
+    "hf-dinov2-registers": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**IMAGE)),
+    "vit": lambda: timm.create_model(
+        "vit_small_patch16_224", img_size=32, embed_dim=32, depth=3, num_heads=4, num_classes=7
+    ),
+    "deit-distilled": lambda: timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=48, depth=2, num_classes=7
+    ),
+    "dinov2": lambda: timm.create_model(
+        "vit_small_patch14_reg4_dinov2", img_size=28, embed_dim=48, depth=2, num_heads=4
+    ),
+    "xcit": lambda: timm.create_model("xcit_nano_12_p16_224", img_size=32, depth=2, num_classes=7),
+}
+
+
+def make(name: str) -> Any:
+    """The source in float64 and evaluation mode, with weights that make blocks matter."""
+    torch.manual_seed(0)
+    model = SOURCES[name]().double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def inputs(model: Any) -> dict[str, Tensor]:
+    """Tokens, or images, for a source."""
+    generator = torch.Generator().manual_seed(1)
+    if hasattr(model, "config") and hasattr(model.config, "vocab_size"):
+        return {"input_ids": torch.randint(5, 60, (2, 12), generator=generator)}
+    size = model.config.image_size if hasattr(model, "config") else model.patch_embed.img_size[0]
+    return {"pixel_values": torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)}
+
+
+@torch.no_grad()
+def run(model: Any, given: dict[str, Tensor]) -> Tensor:
+    """Logits, or the features that a model without a head returns."""
+    out = model(given["pixel_values"]) if "pixel_values" in given else model(**given)
+    if isinstance(out, Tensor):
+        return out
+    if hasattr(out, "logits"):
+        return out.logits
+    return out.last_hidden_state[:, 0] if "pixel_values" in given else out.last_hidden_state

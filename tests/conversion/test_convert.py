@@ -1,0 +1,162 @@
+"""Every family, there and back: softmax is the source, and nothing that a design leaves out is lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from sources import SOURCES, TEXT, inputs, make, run
+from torch import nn
+
+import formix
+from formix.conversion import plan, restore
+from formix.models.llama import RMSNorm
+
+DESIGNS = ("sima", "activator", "parallel", "relu+paf+skip", "relu(gate=sigmoid)")
+source_ = pytest.mark.parametrize("name", list(SOURCES))
+
+
+@pytest.fixture(autouse=True)
+def _exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers rounds RMSNorm to float32 whatever the input; formix does not."""
+    for family in ("llama", "qwen2", "qwen3", "mistral"):
+        module = getattr(hf.models, family)
+        norm = next(v for k, v in vars(getattr(module, f"modeling_{family}")).items() if k.endswith("RMSNorm"))
+        monkeypatch.setattr(norm, "forward", RMSNorm.forward)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("name", [n for n in SOURCES if n != "xcit"])
+def test_softmax_has_the_sources_outputs(name: str) -> None:
+    source = make(name)
+    given = inputs(source)
+    softmax = formix.convert(source, "softmax")
+    torch.testing.assert_close(run(softmax, given), run(source, given), rtol=0, atol=1e-10)
+    if "input_ids" in given:
+        mask = torch.ones(2, 12, dtype=torch.long)
+        mask[1, 8:] = 0
+        masked = given | {"attention_mask": mask}
+        ours, theirs = run(softmax, masked), run(source, masked)
+        seen = mask.bool() if ours.dim() == 3 else slice(None)
+        torch.testing.assert_close(ours[seen], theirs[seen], rtol=0, atol=1e-10)
+
+
+@source_
+def test_every_design_goes_back_to_the_source_bit_for_bit(name: str) -> None:
+    source = make(name)
+    softmax = formix.convert(source, "softmax")
+    served = 0
+    for design in DESIGNS:
+        try:
+            model = formix.convert(source, design)
+        except ValueError:
+            continue  # a design that the family cannot have; its refusals are tested with the models
+        served += 1
+        assert equal(restore(model), source), design
+        if name != "xcit":  # whose own mixer is none of formix's designs
+            assert equal(formix.convert(model, "softmax"), softmax), design
+    assert served >= 2
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "hf-dinov2-registers", "xcit"])
+def test_a_directory_brings_its_source_back(name: str, tmp_path) -> None:
+    source = make(name).float()
+    model = formix.convert(source, "relu")
+    formix.save(model, tmp_path)
+    loaded = formix.load(tmp_path)
+    given = {k: v.float() if v.is_floating_point() else v for k, v in inputs(source).items()}
+    torch.testing.assert_close(run(loaded, given), run(model, given), rtol=0, atol=0)
+    assert equal(restore(loaded), source)
+    record = json.loads((tmp_path / "conversion.json").read_text())
+    assert record["plan"]["design"] == formix.convert(source, "relu").conversion.plan["design"]
+    assert len(record["source_sha256"]) == 64
+    assert {"torch", "timm", "transformers", "formix"} <= set(record["versions"])
+
+
+def test_the_plan_lists_all_that_happens() -> None:
+    source = make("gpt2")
+    made = plan(source, "relu+parallel", keep="softmax:0")
+    assert [change.layer for change in made.layers] == [1, 2]
+    assert made.layers[0].mixer == "softmax -> pointwise"
+    assert set(made.dropped) == {f"transformer.h.{i}.ln_2.{w}" for i in (1, 2) for w in ("weight", "bias")}
+    assert set(made.folded) == {f"transformer.h.{i}.mlp.c_fc.{w}" for i in (1, 2) for w in ("weight", "bias")}
+    assert len(made.kept) + len(made.folded) + len(made.dropped) == len(source.state_dict())
+    assert made.parameters == (sum(p.numel() for p in source.parameters()),
+                               sum(p.numel() for p in source.parameters()) - 4 * 32)  # fmt: skip
+    assert made.flops[0] == made.flops[1] > 0
+    assert "layer 1: softmax -> pointwise; series -> parallel, pre-norm" in str(made)
+
+    gated = plan(make("bert"), "activator")
+    fresh = {w.name.rpartition(".attention.unit.")[2]: w.rule for w in gated.new}
+    assert fresh["fc3.weight"].startswith("0,")
+    assert "query.weight" in " ".join(gated.dropped)
+
+
+def test_a_folded_norm_is_the_second_norm_of_the_layers_input() -> None:
+    """With the mixer's branch at nothing, a parallel layer whose norm was folded is the series layer."""
+    source = make("vit")
+    for block in source.blocks:
+        nn.init.zeros_(block.attn.proj.weight)
+        nn.init.zeros_(block.attn.proj.bias)
+    given = inputs(source)
+    torch.testing.assert_close(run(formix.convert(source, "parallel"), given), run(source, given), rtol=0, atol=1e-9)
+
+
+def test_layers_and_keep_choose_the_same_hybrid() -> None:
+    source = make("bert")
+    some, rest = formix.convert(source, "relu+paf", layers="1-2"), formix.convert(source, "relu+paf", keep="softmax:0")
+    assert some.config.design == rest.config.design
+    kinds = [(layer.mixer.kind, layer.layout.parallel) for layer in some.bert.encoder.layers]
+    assert kinds == [("softmax", False), ("pointwise", True), ("pointwise", True)]
+    wired = formix.convert(source, "skip", layers=[-1])
+    assert [layer.source for layer in wired.bert.encoder.layers] == [None, None, 1]
+
+
+def _quantised() -> nn.Module:
+    model = make("bert").float()
+    model.config.quantization_config = {"bits": 4}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("source", "design", "options", "words"),
+    [
+        (lambda: make("gpt2"), "sima", {}, "SimA cannot be causal"),
+        (lambda: make("gpt2"), "sima", {"layers": "0"}, "SimA cannot be causal"),
+        (lambda: nn.Linear(2, 2), "relu", {}, "VisionTransformer"),
+        (lambda: hf.T5Model(hf.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)), "relu", {}, "Mistral"),
+        (lambda: torch.compile(make("bert")), "relu", {}, "compiled"),
+        (lambda: nn.DataParallel(make("bert")), "relu", {}, "wrapped"),
+        (_quantised, "relu", {}, "quantised"),
+        (lambda: "no-such-model", "relu", {}, "no directory, timm name or transformers id"),
+        (lambda: make("bert"), "relu", {"layers": "7"}, "layers 0 to 2"),
+        (lambda: make("bert"), "relu", {"keep": "relu:0"}, "softmax:NUMBERS"),
+        (lambda: make("bert"), "relu", {"keep": "softmax:0-2"}, "no layer to convert"),
+        (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_in_a_sentence(source, design, options, words) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        formix.convert(source(), design, **options)
+    assert str(refused.value).count("\n") == 0
+
+
+def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
+    from formix.cli import main
+
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "vocab.txt").write_text("[PAD]\n")
+    assert main(["convert", str(tmp_path / "source"), "--design=paf", "--dry-run"]) == 0
+    assert "series -> parallel, post-norm" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "source"), "--design=paf", f"--out={tmp_path / 'out'}"]) == 0
+    model = hf.AutoModel.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "FormixBertModel"
+    assert (tmp_path / "out" / "vocab.txt").is_file()
+    assert main(["convert", str(tmp_path / "source"), "--design=paf"]) == 2
+    assert "out is missing" in capsys.readouterr().err
