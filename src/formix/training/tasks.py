@@ -15,6 +15,7 @@ from torchmetrics.functional import matthews_corrcoef, spearman_corrcoef
 
 from formix.data import Batch, BatchDataset, Data, collate
 from formix.training.config import Loss
+from formix.training.parallel import whole
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -23,7 +24,10 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     """Logits: [B, classes], [B, 1] (regression) or [B, T, vocabulary]."""
     if "pixel_values" in batch:
         return model(batch["pixel_values"])
-    output: Any = model(**{k: batch[k] for k in MODEL_INPUTS if k in batch})
+    inputs: dict[str, Any] = {k: batch[k] for k in MODEL_INPUTS if k in batch}
+    if hasattr(whole(model), "config"):
+        inputs["use_cache"] = False  # transformers' decoders keep all keys and values otherwise
+    output: Any = model(**inputs)
     return output.logits
 
 
