@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from formix.commands.analyze import analyze
+from formix.commands.bench import bench
 from formix.commands.compare import compare
 from formix.commands.convert import convert
 from formix.commands.lists import data, designs, implementations
@@ -21,6 +22,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "convert": convert,
     "report": report,
     "analyze": analyze,
+    "bench": bench,
     "designs": designs,
     "data": data,
     "implementations": implementations,
