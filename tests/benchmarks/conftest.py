@@ -34,7 +34,7 @@ def attention_case(tokens: int, relu: tuple[float, ...], softmax: tuple[float, .
 
 
 @pytest.fixture
-def benchmark() -> Benchmark:
+def measured() -> Benchmark:
     return Benchmark(
         command="formix bench attention",
         created="2026-01-01T00:00:00+00:00",
@@ -46,8 +46,8 @@ def benchmark() -> Benchmark:
             attention_case(256, (0.002, 0.002, 0.002), (0.005, 0.006, 0.007)),
         ),
         checks=(
-            Check(target=1, what="bfloat16, N = 128: times faster", value=2.0, bound=3.0),
-            Check(target=1, what="bfloat16, N = 256: times faster", value=3.5, bound=3.0),
-            Check(target=5, what="float32: growth", value=1.2, bound=1.3, at_most=True),
+            Check(target=1, quantity="bfloat16: times faster", where="N = 128", value=2.0, bound=3.0),
+            Check(target=1, quantity="bfloat16: times faster", where="N = 256", value=3.5, bound=3.0),
+            Check(target=5, quantity="growth", where="N = 256", value=1.2, bound=1.3, at_most=True),
         ),
     )

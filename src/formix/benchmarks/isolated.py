@@ -13,6 +13,7 @@ import torch
 
 from formix.benchmarks.attention import AttentionCase
 from formix.benchmarks.measure import measure
+from formix.benchmarks.memory import peak_growth
 from formix.benchmarks.results import Case
 from formix.records import parse, plain
 
@@ -33,11 +34,11 @@ def measure_on(isa: str, cases: list[AttentionCase], *, seconds: float, threads:
     return tuple(parse(Case, case) for case in answer)
 
 
-def peak_memory(case: AttentionCase, *, threads: int) -> tuple[int, int]:
-    """(bytes resident at the peak of one call of the case's first contender, in a fresh process and with everything
-    that the process holds; bytes that it held before the inputs were made)."""
-    peak, before = _child({"work": "memory", "cases": plain([case]), "seconds": 0.0, "threads": threads}, {})
-    return peak, before
+def peak_memory(case: AttentionCase, *, threads: int) -> tuple[int, int | None]:
+    """Of one call of the case's first contender in a fresh process: bytes resident at that process's peak, with all it
+    holds, and what the inputs and the call add to it (see `peak_growth`)."""
+    peak, growth = _child({"work": "memory", "cases": plain([case]), "seconds": 0.0, "threads": threads}, {})
+    return peak, growth
 
 
 def _child(request: dict[str, Any], environment: dict[str, str]) -> Any:
@@ -61,13 +62,9 @@ def _main() -> None:
     if request["work"] == "times":
         print(json.dumps(plain(measure("attention", cases, repetitions=1, seconds=request["seconds"]))))
         return
-    before = _peak()
-    next(iter(cases[0].calls().values()))()
-    print(json.dumps([_peak(), before]))
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    growth = peak_growth(lambda: next(iter(cases[0].calls().values()))())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps([peak, growth]))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ class Check:
     """One number of a target against its bound."""
 
     target: int  # number of the target
-    what: str  # the number in words
+    quantity: str  # what the number is
+    where: str  # on which case of those that share target, quantity and bound
     value: float
     bound: float
     at_most: bool = False  # the bound is an upper one

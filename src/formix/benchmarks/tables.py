@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -70,33 +71,30 @@ def profile_rows(case: Case) -> list[tuple[str, ...]]:
     ]
 
 
-TARGET_HEADS = ("target", "bound", "kept", "worst", "where")
+TARGET_HEADS = ("target", "measured", "bound", "kept", "worst", "where")
 
 
 def target_rows(checks: Sequence[Check]) -> list[tuple[str, ...]]:
-    """Checks of a kind in one row: how many keep the bound, and the worst of them."""
-
-    def kind(check: Check) -> tuple[int, str, float, bool]:
-        words = check.what.rpartition(": ")[2] if ": " in check.what else ""
-        precision = next((d for d in ("bfloat16", "float32") if d in check.what), "")
-        setting = next((s for s in ("one head", "causal", "avx512", "avx2", "training step") if s in check.what), "")
-        return check.target, f"{setting} {precision} {words}".strip(), check.bound, check.at_most
-
+    """Checks of the same quantity and bound in one row: how many keep the bound, and the worst of them."""
+    groups: dict[tuple[int, str, float], list[Check]] = defaultdict(list)
+    for check in checks:
+        groups[check.target, check.quantity, check.bound].append(check)
     found: list[tuple[str, ...]] = []
-    ordered = sorted(checks, key=kind)
-    for (target, words, bound, at_most), group in groupby(ordered, key=kind):
-        members = list(group)
+    last = 0
+    for (target, quantity, bound), members in groups.items():
         worst = min(members, key=lambda check: check.margin)
         kept = sum(check.met for check in members)
         found.append(
             (
-                f"{target}. {TARGETS[target]}" + (f": {words}" if words else ""),
-                f"{'at most' if at_most else 'at least'} {bound:g}",
+                f"{target}. {TARGETS[target]}" if target != last else "",
+                quantity,
+                f"{'at most' if worst.at_most else 'at least'} {bound:g}",
                 f"{'yes' if kept == len(members) else 'no'}, {kept} of {len(members)}",
                 f"{worst.value:.2f}",
-                worst.what.rpartition(": ")[0] or worst.what,
+                worst.where,
             )
         )
+        last = target
     return found
 
 

@@ -161,13 +161,9 @@ class _Cases:
         return self._by_name[case.name]
 
 
-def _faster(target: int, case: Case, contender: str, baseline: str, bound: float, what: str) -> Check:
-    text = f"{what}: {contender} against {baseline}, times faster"
-    return Check(target=target, what=text, value=case.ratio(contender, baseline), bound=bound)
-
-
-def _what(case: AttentionCase) -> str:
-    return f"{case.dtype}, N = {case.tokens}"
+def _faster(target: int, case: Case, ours: str, baseline: str, bound: float, what: str, where: str) -> Check:
+    text = f"{what}: times faster than {baseline}"
+    return Check(target=target, quantity=text, where=where, value=case.ratio(ours, baseline), bound=bound)
 
 
 def _forward_checks(cases: Sequence[Case]) -> list[Check]:
@@ -175,21 +171,21 @@ def _forward_checks(cases: Sequence[Case]) -> list[Check]:
     bounds = {"bfloat16": (128, 3.0, 0.80), "float32": (197, 1.3, 0.85)}
     for dtype, (least, times, share) in bounds.items():
         for n in TOKENS:
-            case = _forward(n, dtype)
+            case = measured[_forward(n, dtype)]
             if n >= least:
-                checks.append(_faster(1, measured[case], "relu", "softmax", times, _what(case)))
+                checks.append(_faster(1, case, "relu", "softmax", times, dtype, f"N = {n}"))
             if n >= 577:
-                value = measured[case].share("relu")
+                value = case.share("relu")
                 assert value is not None
-                text = f"{_what(case)}: share of PyTorch's matrix product"
-                checks.append(Check(target=1, what=text, value=value, bound=share))
+                text = f"{dtype}: share of PyTorch's matrix product"
+                checks.append(Check(target=1, quantity=text, where=f"N = {n}", value=value, bound=share))
     return checks
 
 
 def _backward_checks(cases: Sequence[Case]) -> list[Check]:
     measured = _Cases(cases)
     return [
-        _faster(2, measured[case], "relu", "softmax", bound, _what(case))
+        _faster(2, measured[case], "relu", "softmax", bound, dtype, f"N = {case.tokens}")
         for dtype, bound in (("bfloat16", 4.0), ("float32", 1.3))
         for case in BACKWARD[dtype]
     ]
@@ -198,31 +194,38 @@ def _backward_checks(cases: Sequence[Case]) -> list[Check]:
 def _activation_checks(cases: Sequence[Case]) -> list[Check]:
     measured = _Cases(cases)
     return [
-        _faster(3, measured[case], name, "softmax", 2.0, _what(case)) for case in _activation_cases() for name in OTHERS
+        _faster(3, measured[case], name, "softmax", 2.0, f"{name}, bfloat16", f"N = {case.tokens}")
+        for name in OTHERS
+        for case in _activation_cases()
     ]
 
 
 def _causal_checks(cases: Sequence[Case]) -> list[Check]:
     measured = _Cases(cases)
     checks = [
-        _faster(4, measured[case], "relu", "softmax", bound, f"causal, {_what(case)}")
+        _faster(4, measured[case], "relu", "softmax", bound, f"causal, {dtype}", f"N = {case.tokens}")
         for dtype, bound in (("bfloat16", 3.0), ("float32", 1.3))
         for case in CAUSAL[dtype]
     ]
-    return [*checks, _faster(4, measured[ONE_HEAD], "relu", "softmax", 2.5, f"one head, {_what(ONE_HEAD)}")]
+    where = f"N = {ONE_HEAD.tokens}"
+    return [*checks, _faster(4, measured[ONE_HEAD], "relu", "softmax", 2.5, "one head, bfloat16", where)]
 
 
 def _sima_checks(cases: Sequence[Case]) -> list[Check]:
     measured, checks = _Cases(cases), []
-    for case in SIMA_FORMS.values():
-        checks.append(_faster(5, measured[case], "sima", "sima, naive", 3.5, _what(case)))
-        checks.append(_faster(5, measured[case], "sima", "sima, compiled", 1.4, _what(case)))
-    checks.append(_faster(5, measured[SIMA_SOFTMAX], "sima", "softmax", 20.0, _what(SIMA_SOFTMAX)))
+    for form, baseline, bound in (("official", "sima, naive", 3.5), ("compiled", "sima, compiled", 1.4)):
+        for dtype, case in SIMA_FORMS.items():
+            text = f"{dtype}: times faster than the {form} form"
+            value = measured[case].ratio("sima", baseline)
+            checks.append(Check(target=5, quantity=text, where=f"N = {case.tokens}", value=value, bound=bound))
+    where = f"N = {SIMA_SOFTMAX.tokens}"
+    checks.append(_faster(5, measured[SIMA_SOFTMAX], "sima", "softmax", 20.0, SIMA_SOFTMAX.dtype, where))
     for dtype, (short, long) in SIMA_GROWTH.items():
         a, b = measured[short].timings["sima"], measured[long].timings["sima"]
         growth = b.median / (long.batch * long.tokens) / (a.median / (short.batch * short.tokens))
-        text = f"{dtype}: time per token at N = {long.tokens} over that at N = {short.tokens}"
-        checks.append(Check(target=5, what=text, value=growth, bound=1.3, at_most=True))
+        text = f"{dtype}: growth of the time per token"
+        where = f"N = {short.tokens} to {long.tokens}"
+        checks.append(Check(target=5, quantity=text, where=where, value=growth, bound=1.3, at_most=True))
     return checks
 
 
@@ -230,25 +233,26 @@ def _memory_checks() -> list[Check]:
     checks = []
     for dtype, case in MEMORY.items():
         peak, _ = peak_memory(case, threads=torch.get_num_threads())
-        text = f"{dtype}, 6 heads, forward and backward: the whole process at its peak, GB"
-        checks.append(Check(target=6, what=text, value=peak / 1e9, bound=GIGABYTES, at_most=True))
+        text = f"{dtype}, 6 heads, forward and backward: GB of the whole process at its peak"
+        where = f"N = {case.tokens}"
+        checks.append(Check(target=6, quantity=text, where=where, value=peak / 1e9, bound=GIGABYTES, at_most=True))
     return checks
 
 
 def _isa_checks(cases: Sequence[Case]) -> list[Check]:
     return [
-        _faster(7, case, "relu", "softmax", 1.0, f"{case.settings['only']}, float32, N = {case.settings['tokens']}")
+        _faster(7, case, "relu", "softmax", 1.0, f"{s['only']}, float32", f"N = {s['tokens']}")
         for case in cases
-        if case.settings["dtype"] == "float32"
+        if (s := case.settings)["dtype"] == "float32"
     ]
 
 
 def _model_checks(cases: Sequence[Case]) -> list[Check]:
+    bounds = {False: ("images per second", 1.3), True: ("training step", 1.5)}
     return [
-        _faster(8, case, "relu", "softmax", bound, f"{case.settings['precision']}, {what}")
-        for training, bound, what in ((False, 1.3, "images per second"), (True, 1.5, "training step"))
+        _faster(8, case, "relu", "softmax", bounds[s["training"]][1], bounds[s["training"]][0], s["precision"])
         for case in cases
-        if case.settings["training"] == training and case.settings["precision"] == "bfloat16"
+        if (s := case.settings)["precision"] == "bfloat16"
     ]
 
 

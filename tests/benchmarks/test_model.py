@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from formix.benchmarks.measure import measure
+from formix.benchmarks.memory import peak_growth
+from formix.benchmarks.model import BlockCase, ModelCase
+from formix.benchmarks.profile import PARTS, profile_parts
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def test_a_vision_transformer_against_timms_own(training):
+    case = ModelCase(
+        model="vit_tiny_patch16_224", designs=("relu", "sima"), batch=2, training=training, model_args=TINY,
+        precision="autocast", profiled=True,
+    )  # fmt: skip
+    assert type(case.models()["softmax"]).__module__.startswith("timm.")
+    (found,) = measure("model", [case], repetitions=1, seconds=0.01)
+    assert list(found.timings) == list(found.profile) == ["softmax", "relu", "sima"]
+    for parts in found.profile.values():
+        assert set(parts) <= set(PARTS)
+        assert {"qkv projection", "attention", "output projection", "MLP", "norms"} <= set(parts)
+        assert ("optimizer" in parts) is training
+    assert found.timings["relu"].flops > 0
+
+
+def test_a_text_model():
+    case = ModelCase(model="gpt2-nano", batch=1, tokens=8, training=True, precision="float32")
+    (found,) = measure("model", [case], repetitions=1, seconds=0.01)
+    assert set(found.timings) == {"softmax", "relu"}
+
+
+def test_blocks():
+    case = BlockCase(tokens=9, batch=1, dim=32, heads=2, training=True, designs=("relu", "softmax", "activator"))
+    (found,) = measure("block", [case], repetitions=1, seconds=0.01)
+    assert list(found.timings) == ["softmax", "relu", "activator"]
+
+
+@pytest.mark.parametrize(("options", "message"), [({"precision": "int8"}, "int8"), ({"designs": ("nope",)}, "nope")])
+@pytest.mark.parametrize("kind", [ModelCase, BlockCase])
+def test_wrong_cases(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+def test_the_profile_gives_gradients_to_the_part_of_their_operator():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = torch.nn.Linear(256, 256)
+            self.norm = torch.nn.LayerNorm(256)
+
+        def forward(self, x):
+            return self.norm(self.mlp(x))
+
+    layer, x = Layer(), torch.randn(512, 256)
+    forward = profile_parts(layer, lambda: layer(x))
+    both = profile_parts(layer, lambda: layer(x).sum().backward())
+    assert set(forward) <= {"MLP", "norms", "rest"}
+    assert both["MLP"] > 1.3 * forward["MLP"]
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    grown = peak_growth(lambda: torch.ones(64 << 18).sum())
+    if grown is None:
+        pytest.skip("this system does not say")
+    assert 60 << 20 < grown < 100 << 20
