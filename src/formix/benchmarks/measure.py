@@ -39,7 +39,7 @@ class Measurable(Protocol):
 
 
 def measure(
-    bench: Literal["attention", "block", "model"],
+    bench: Literal["attention", "block", "model", "converted"],
     cases: Sequence[Measurable],
     *,
     repetitions: int = 3,

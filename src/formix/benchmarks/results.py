@@ -40,7 +40,7 @@ class Case:
     """Contenders that were measured in turn on the same inputs."""
 
     name: str
-    bench: Literal["attention", "block", "model"]
+    bench: Literal["attention", "block", "model", "converted"]
     settings: dict[str, Any]  # shapes, dtype and what else the case is
     timings: dict[str, Timing]
     profile: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> part -> seconds of one call

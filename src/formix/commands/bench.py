@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,6 +82,17 @@ class ModelBench(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertedBench(_Common):
+    """Time converted models against the classes of timm and transformers that they were converted from."""
+
+    directories: str = ""  # that formix convert has written, with commas
+    tokens: str = "128,512"  # of a text
+    img_sizes: str = ""  # sides of images, with commas; the model's own if empty
+    batch: int = 1  # images or sequences
+    precisions: str = "bfloat16"  # of float32 and bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetsBench(_Common):
     """Measure what the CPU kernels are meant to reach, and say which targets they meet."""
 
@@ -89,7 +100,13 @@ class TargetsBench(_Common):
     seconds: float = 0.4
 
 
-BENCHES = {"attention": AttentionBench, "block": BlockBench, "model": ModelBench, "targets": TargetsBench}
+BENCHES = {
+    "attention": AttentionBench,
+    "block": BlockBench,
+    "model": ModelBench,
+    "converted": ConvertedBench,
+    "targets": TargetsBench,
+}
 
 
 def bench(arguments: list[str]) -> int:
@@ -154,7 +171,7 @@ def _measure(what: str, config: Any, show: Show) -> tuple[tuple[Case, ...], tupl
     if what == "targets":
         found = run_targets(numbers(config.targets, "targets"), **passes)
         return found.cases, found.checks
-    cases: list[Measurable] = {"attention": _attention, "block": _blocks, "model": _models}[what](config)  # type: ignore[operator]
+    cases: list[Measurable] = CASES[what](config)
     return measure(what, cases, **passes), ()  # type: ignore[arg-type]
 
 
@@ -217,6 +234,31 @@ def _models(config: ModelBench) -> list[Any]:
         )
         for precision in names(config.precisions, "precisions")
     ]
+
+
+def _converted(config: ConvertedBench) -> list[Any]:
+    from formix.conversion.latency import converted_cases
+
+    return [
+        case
+        for directory in names(config.directories, "directories")
+        for precision in names(config.precisions, "precisions")
+        for case in converted_cases(
+            directory,
+            tokens=numbers(config.tokens, "tokens"),
+            img_sizes=numbers(config.img_sizes, "img_sizes") if config.img_sizes else (None,),
+            batch=config.batch,
+            precision=precision,
+        )
+    ]
+
+
+CASES: dict[str, Callable[[Any], list[Any]]] = {
+    "attention": _attention,
+    "block": _blocks,
+    "model": _models,
+    "converted": _converted,
+}
 
 
 @contextmanager

@@ -1,0 +1,95 @@
+"""How fast a converted model is against its source's own class, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formix.benchmarks import count_flops
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedCase:
+    """A forward pass in inference of "converted", the model in `directory`, and of "softmax", the class of timm's or
+    transformers' that it was converted from. Inputs are random and without padding."""
+
+    directory: str  # written by `formix convert`
+    tokens: int | None = None  # of a text; None: the model reads images
+    img_size: int | None = None  # side of the image; None: the model's own
+    batch: int = 1
+    precision: str = "bfloat16"  # of weights and inputs
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; it must be 1 or more.")
+
+    @property
+    def name(self) -> str:
+        """Unique among the cases of a run."""
+        size = f"{self.img_size or 'own'} pixels" if self.tokens is None else f"N={self.tokens}"
+        return f"{self.directory} forward {self.precision} B={self.batch} {size}"
+
+    def models(self) -> dict[str, Any]:
+        """Contender -> model."""
+        from formix import load
+        from formix.conversion import restore
+
+        converted = load(self.directory)
+        return {"softmax": restore(converted), "converted": converted}
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """Contender -> what is timed."""
+        dtype = getattr(torch, self.precision)
+        models = self.models()
+        inputs = self._inputs(models["converted"], dtype)
+        return {name: partial(_forward, model.to(dtype).eval(), inputs) for name, model in models.items()}
+
+    def flops(self, contender: str) -> int | None:
+        """Operations of one call; None for the source's class, whose attention the counter does not see."""
+        if contender == "softmax":
+            return None
+        model = self.models()[contender]
+        return count_flops(model, self._inputs(model, torch.float32))
+
+    def _inputs(self, model: Any, dtype: torch.dtype) -> dict[str, Tensor] | Tensor:
+        if self.tokens is not None:
+            return {"input_ids": torch.randint(0, model.config.vocab_size, (self.batch, self.tokens))}
+        own = model.img_size() if callable(getattr(model, "img_size", None)) else model.patch_embed.img_size
+        size = own if self.img_size is None else (self.img_size, self.img_size)
+        return torch.randn(self.batch, model.in_chans, *size).to(dtype)
+
+
+def converted_cases(
+    directory: str, *, tokens: Sequence[int], img_sizes: Sequence[int | None], batch: int, precision: str
+) -> list[ConvertedCase]:
+    """Cases of one directory: every number of `tokens` for a text model, every size for an image model.
+
+    Raises:
+        ValueError: the directory holds no model that `formix convert` made.
+    """
+    from pathlib import Path
+
+    from formix.conversion.record import FILE
+    from formix.models.directory import read_config
+
+    config = read_config(Path(directory))
+    if not (Path(directory) / FILE).is_file():
+        raise ValueError(f"{directory} has no {FILE}; give a directory that formix convert has written.")
+    common: dict[str, Any] = {"directory": directory, "batch": batch, "precision": precision}
+    if "architecture" in config:
+        return [ConvertedCase(img_size=size, **common) for size in img_sizes]
+    return [ConvertedCase(tokens=count, **common) for count in tokens]
+
+
+@torch.inference_mode()
+def _forward(model: Any, inputs: dict[str, Tensor] | Tensor) -> object:
+    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)

@@ -1,0 +1,66 @@
+"""Converted models against their sources' own classes."""
+
+import pytest
+import timm
+import torch
+import transformers as hf
+
+import formix
+from formix.benchmarks.measure import measure
+from formix.cli import main
+from formix.conversion.latency import ConvertedCase, converted_cases
+
+TEXT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 60,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("converted")
+    vit = timm.create_model("vit_small_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    sources = {
+        "bert": hf.BertModel(hf.BertConfig(**TEXT)),
+        "vit": vit,
+        "hf-vit": hf.ViTModel(hf.ViTConfig(**TEXT | {"image_size": 32})),
+    }
+    for name, source in sources.items():
+        formix.save(formix.convert(source, "relu"), root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "hf-vit"])
+def test_contenders_are_the_source_s_class_and_the_converted_model(directories, name):
+    (case,) = converted_cases(str(directories / name), tokens=(12,), img_sizes=(None,), batch=2, precision="bfloat16")
+    models = case.models()
+    assert type(models["softmax"]).__module__.split(".")[0] in ("timm", "transformers")
+    assert type(models["converted"]).__module__.startswith("formix.")
+    (measured,) = measure("converted", [case], repetitions=1, seconds=0.01)
+    assert set(measured.timings) == {"softmax", "converted"}
+    assert measured.ratio("converted", "softmax") > 0
+    assert measured.timings["converted"].flops > 0
+    assert measured.timings["softmax"].flops is None
+
+
+def test_both_see_the_same_inputs_in_the_precision_asked_for(directories):
+    case = ConvertedCase(directory=str(directories / "vit"), batch=3, precision="bfloat16")
+    outputs = {name: call() for name, call in case.calls().items()}
+    assert {out.dtype for out in outputs.values()} == {torch.bfloat16}
+    assert {out.shape for out in outputs.values()} == {(3, 32)}
+    calls = case.calls()
+    assert calls["softmax"].args[1] is calls["converted"].args[1]
+
+
+def test_the_verb(directories, tmp_path, capsys):
+    flags = [f"--directories={directories / 'bert'},{directories / 'vit'}", "--tokens=8,16", "--repetitions=1"]
+    assert main(["bench", "converted", *flags, "--seconds=0.01", f"--out={tmp_path}"]) == 0
+    table = (tmp_path / "README.md").read_text()
+    assert all(what in table for what in ("N=8", "N=16", "own pixels", "converted"))
+
+
+def test_what_was_not_converted_is_refused(tmp_path, capsys):
+    formix.save(formix.create_model("gpt2-nano", vocab_size=60), tmp_path)
+    assert main(["bench", "converted", f"--directories={tmp_path}"]) == 2
+    assert "has no conversion.json" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="precision is 'int8'"):
+        ConvertedCase(directory="x", precision="int8")
