@@ -1,5 +1,6 @@
 """What timm's own model tests expect, of every published model; saving and loading under every loader."""
 
+import io
 import json
 
 import pytest
@@ -11,26 +12,44 @@ from timm.optim import param_groups_weight_decay
 
 import formix
 from formix.models.published import PUBLISHED
+from formix.models.timm_registry import ENTRIES
 
-# name -> arguments that make it small enough for a test; one of each size family, all four Activators
-SMALL = {
-    "sima_nano_12_p16": {"depth": 2, "img_size": 48},
-    "sima_tiny_24_p8": {"depth": 2, "img_size": 24},
-    "formix_xcit": {"base": "xcit_nano_12_p16_224", "design": "sima", "depth": 2, "img_size": 48},
-    "activator_32_p4": {"depth": 2},
-    "activator_glu_32_p4": {"depth": 2},
-    "uniform_activator_32_p4": {"depth": 2},
-    "ninformer_32_p4": {"depth": 2},
-    "relu_vit_small_patch16_224": {"depth": 2, "img_size": 48},
-    "relu_vit_small_patch32_224": {
-        "depth": 2, "img_size": 64, "global_pool": "token", "rep_size": True, "gate": "silu", "head_zero_init": False,
-    },
-}  # fmt: skip
+ACTIVATORS = ["activator_32_p4", "activator_glu_32_p4", "uniform_activator_32_p4", "ninformer_32_p4"]
+# variants of registered names: the name and more arguments
+VARIANTS = {
+    "relu_vit_with_token": (
+        "relu_vit_small_patch32_224",
+        {"global_pool": "token", "rep_size": True, "gate": "silu", "head_zero_init": False},
+    ),
+    "formix_vit_relu_paf_skip": ("formix_vit", {"design": "relu+paf+skip"}),
+}
+REGISTERED = ["formix_vit", *ENTRIES]  # a model is tested by being registered
+NAMES = [*REGISTERED, *VARIANTS]
+# one of each class and kind, for what takes long
+CLASSES = ["formix_vit", "formix_xcit", "sima_nano_12_p16", "sima_tiny_24_p8", "relu_vit_small_patch16_224", *VARIANTS]
+CLASSES += ACTIVATORS
+SCRIPTED = ["sima_nano_12_p16", "relu_vit_with_token", "formix_vit_relu_paf_skip", *ACTIVATORS]
 
 
-def create(name: str, **arguments):
-    model = timm.create_model(name, **SMALL[name], num_classes=10, **arguments)
-    size = SMALL[name].get("img_size", 32)
+def small(name: str) -> tuple[str, dict]:
+    """A registered name and arguments that make it small enough for a test."""
+    name, more = VARIANTS.get(name, (name, {}))
+    if name in ACTIVATORS:
+        size = {"embed_dim": 32, "hidden_dim": 48}
+    elif name.startswith(("formix_vit", "relu_vit")):
+        patch = int(name.split("patch")[1].split("_")[0]) if "patch" in name else 16
+        size = {"embed_dim": 48, "num_heads": 3, "img_size": 3 * patch}
+    elif name == "formix_xcit":
+        size = {"base": "xcit_nano_12_p16_224", "img_size": 48}
+    else:
+        size = {"embed_dim": 32, "num_heads": 4, "img_size": 3 * int(name.rsplit("_p", 1)[1])}
+    return name, {"depth": 2, "num_classes": 10, **size, **more}
+
+
+def create(name: str, **more):
+    name, arguments = small(name)
+    model = timm.create_model(name, **arguments, **more)
+    size = arguments.get("img_size", 32)
     return model, torch.randn(2, 3, size, size)
 
 
@@ -40,19 +59,26 @@ def blocks(model):
 
 def test_every_published_name_is_registered():
     assert len(PUBLISHED) == 24
-    for name, published in PUBLISHED.items():
+    assert {"formix_vit", "formix_xcit", *PUBLISHED} == set(REGISTERED)
+    for name in REGISTERED:
         assert timm.is_model(name)
         cfg = timm.get_pretrained_cfg(name)
-        assert cfg.input_size == published.cfg["input_size"]
+        assert cfg.input_size == (3, 32, 32) if name in ACTIVATORS else (3, 224, 224)
+        assert cfg.fixed_input_size
         assert not cfg.has_weights
+        assert {f"{cfg.first_conv}.weight", f"{cfg.classifier}.weight"} <= set(create(name)[0].state_dict())
+    with torch.device("meta"):  # without any argument, as timm's own tests make them
+        assert timm.create_model("formix_vit").design == formix.design("softmax")
+        assert timm.create_model("formix_xcit").design == formix.design("sima")
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_forward_backward_and_checkpointing(name):
     model, images = create(name, proj_drop_rate=0.0)
     model.train()
     logits = model(images)
     assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
     cotangent = torch.randn_like(logits)
     logits.backward(cotangent)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -64,7 +90,7 @@ def test_forward_backward_and_checkpointing(name):
         close(p.grad, gradients[n], 1e-4, n)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_intermediates_and_features(name):
     model, images = create(name)
     model.eval()
@@ -77,13 +103,16 @@ def test_intermediates_and_features(name):
     close(head, model(images), 1e-6)
     assert model.forward_head(final, pre_logits=True).shape == (2, model.num_features)
     features, _ = create(name, features_only=True, out_indices=(0, 1))
-    assert [y.shape for y in features(images)] == [y.shape for y in outputs]
+    given = features(images)
+    assert [y.shape for y in given] == [y.shape for y in outputs]
+    assert features.feature_info.channels() == [y.shape[1] for y in given]
+    assert features.feature_info.reduction() == [images.shape[-1] / y.shape[-1] for y in given]
     model.prune_intermediate_layers([0])
     assert len(blocks(model)) == 1
     assert model.forward_intermediates(images, indices=[0], intermediates_only=True)[0].shape == outputs[0].shape
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_classifier_groups_and_decay(name):
     model, images = create(name)
     model.reset_classifier(7)
@@ -102,7 +131,7 @@ def test_classifier_groups_and_decay(name):
     assert isinstance(model.no_weight_decay(), set)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_save_load_and_local_dir(name, tmp_path):
     model, images = create(name)
     model.eval()
@@ -117,7 +146,7 @@ def test_save_load_and_local_dir(name, tmp_path):
         assert loaded.design == model.design
         close(loaded(images), expected, 1e-6)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architecture"] == name
+    assert config["architecture"] == small(name)[0]
     assert formix.load(tmp_path).pretrained_cfg["input_size"] == [3, *images.shape[-2:]]
 
 
@@ -143,14 +172,46 @@ def test_another_design_from_a_directory(tmp_path):
         formix.create_model(tmp_path, design=gated)
 
 
-@pytest.mark.parametrize("name", ["sima_nano_12_p16", "formix_xcit", "activator_32_p4", "relu_vit_small_patch16_224"])
-def test_export(name):
+def randomised(name: str):
+    """With weights that all matter; some classifiers start at zero."""
     model, images = create(name)
-    model.eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.02, std=0.2)
+    return model.eval(), images
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SCRIPTED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_torchscript(name):
+    """As timm's twins; the eager model stays as it was."""
+    model, images = randomised(name)
+    expected, parts = model(images), [type(m) for m in model.modules()]
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    close(scripted(images), expected, 1e-5)
+    close(scripted(images[:1]), expected[:1], 1e-5)
+    assert [type(m) for m in model.modules()] == parts
+    assert torch.equal(model(images), expected)
+
+
+def export(name):
+    model, images = randomised(name)
     program = torch.export.export(model, (images,), strict=False)
     close(program.module()(images), model(images), 1e-5)
-    traced = torch.jit.trace(model, images, check_trace=False)
-    close(traced(images), model(images), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sima_nano_12_p16", "activator_32_p4", "relu_vit_small_patch16_224"])
+def test_export(name):
+    export(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_export_of_all(name):
+    export(name)
 
 
 @pytest.mark.parametrize("name", ["sima_nano_12_p16", "activator_32_p4", "relu_vit_small_patch16_224"])
@@ -163,12 +224,10 @@ def test_half_precision_and_other_sizes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["sima_nano_12_p16", "activator_32_p4", "ninformer_32_p4", "relu_vit_small_patch16_224"]
-)
+@pytest.mark.parametrize("name", CLASSES)
 def test_compile(name):
-    model, images = create(name)
-    model.eval()
+    torch.compiler.reset()
+    model, images = randomised(name)
     close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images), 1e-4)
 
 

@@ -102,9 +102,12 @@ def torch_tree(tree):
     return {k: torch.from_numpy(np.array(v)).requires_grad_() for k, v in tree.items()}
 
 
+SMALL = {"depth": 2, "img_size": 48, "num_classes": 5, "embed_dim": 96}
+
+
 def small(name="relu_vit_small_patch16_224", **arguments):
-    """The named model at 48 pixels with 2 layers."""
-    return timm.create_model(name, **{"depth": 2, "img_size": 48, "num_classes": 5} | arguments).double().eval()
+    """The named model at 48 pixels with 2 layers of a quarter of its width."""
+    return timm.create_model(name, **SMALL | arguments).double().eval()
 
 
 def check(model, tree, **options):
@@ -143,7 +146,7 @@ def test_sizes(name):
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("h", FIGURE_2)
 def test_every_function_and_exponent_of_figure_2(h, exponent):
-    tree = random_tree(tree_shapes(384, 2, 1536, 6, 9, classes=5))
+    tree = random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5))
     check(small(activation=h, length_exponent=exponent), tree, h=h, exponent=exponent)
 
 
@@ -162,12 +165,12 @@ def test_every_function_and_exponent_of_figure_2(h, exponent):
     ids=["gap", "no qk-norm", "token", "gate", "silu gate", "softmax", "softmax qk-norm"],
 )
 def test_logits_and_gradients_are_big_visions(model, shapes, forward, scale):
-    tree = random_tree(tree_shapes(384, 2, 1536, 6, 9, classes=5, **shapes), scale)
+    tree = random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5, **shapes), scale)
     check(small(**model), tree, **forward)
 
 
 def test_a_tree_from_a_file_and_back(tmp_path):
-    tree = {k: v.astype(np.float32) for k, v in random_tree(tree_shapes(384, 2, 1536, 6, 9, classes=5)).items()}
+    tree = {k: v.astype(np.float32) for k, v in random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5)).items()}
     model = small()
     for scan in (False, True):
         big_vision.load_npz(model, tree)
@@ -179,14 +182,14 @@ def test_a_tree_from_a_file_and_back(tmp_path):
                 assert all(np.array_equal(file[k], tree[k]) for k in tree)
             else:
                 kernel = file[f"Transformer/encoderblock/{ATTENTION}/query/kernel"]
-                assert kernel.shape == (2, 384, 6, 64)
+                assert kernel.shape == (2, 96, 6, 16)
         other = small()
         big_vision.load_npz(other, tmp_path / "model.npz")
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
 
 
 def test_older_names_prefixes_and_bfloat16():
-    tree = random_tree(tree_shapes(384, 2, 1536, 6, 9, classes=5, token=True, qk_norm=False))
+    tree = random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5, token=True, qk_norm=False))
     model = small(design="softmax", global_pool="token")
     big_vision.load_npz(model, tree)
     expected = model.state_dict()
@@ -206,30 +209,46 @@ def test_older_names_prefixes_and_bfloat16():
     assert torch.equal(loaded.head.bias.detach(), bias.double())
 
 
+def test_timm_s_checkpoint_path_reads_every_weight(tmp_path):
+    """timm hands npz files to the model; its own reader would leave out the norms of queries and keys and the gate."""
+    size = SMALL | {"depth": 1}
+    model = small(gate="silu", depth=1)
+    big_vision.load_npz(model, random_tree(tree_shapes(96, 1, 384, 6, 9, classes=5, gate=True)))
+    path = str(tmp_path / "model.npz")
+    big_vision.save_npz(model, path)
+    loaded = timm.create_model("relu_vit_small_patch16_224", gate="silu", checkpoint_path=path, **size)
+    assert all(torch.equal(v, model.state_dict()[k].float()) for k, v in loaded.state_dict().items())
+    np.savez(path, **{f"other/{k}": v for k, v in big_vision.to_tree(model).items()}, step=np.zeros(()))
+    loaded.load_pretrained(path, prefix="other/")
+    with pytest.raises(ValueError, match="without a place"):
+        timm.create_model("formix_vit", base="vit_small_patch16_224", checkpoint_path=path, **size)
+    (tmp_path / "text.npz").write_text("no arrays")
+    with pytest.raises(ValueError, match="no npz file"):
+        loaded.load_pretrained(str(tmp_path / "text.npz"))
+
+
 def test_position_of_the_class_token():
     """A position added to the class token (older trees, timm's own ViTs) and none are the same function."""
-    tree = random_tree(tree_shapes(384, 2, 1536, 6, 9, classes=5, token=True, qk_norm=False))
+    tree = random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5, token=True, qk_norm=False))
     images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
     expected = flax_vit(torch_tree(tree), images, h=None)
-    position = np.random.default_rng(0).normal(size=(1, 1, 384))
+    position = np.random.default_rng(0).normal(size=(1, 1, 96))
     older = tree | {
         "cls": tree["cls"] - position,
         "pos_embedding": np.concatenate([position, tree["pos_embedding"]], 1),
     }
-    same = timm.create_model(
-        "vit_small_patch16_224", depth=2, img_size=48, num_classes=5, act_layer="gelu_tanh"
-    ).double().eval()  # fmt: skip
+    same = timm.create_model("vit_small_patch16_224", act_layer="gelu_tanh", **SMALL).double().eval()
     for model in (small(design="softmax", global_pool="token"), same):
         for form in (tree, older):
             big_vision.load_npz(model, form)
             close(model(images), expected, 1e-10)
             exported = big_vision.to_tree(model)
-            assert exported["pos_embedding"].shape == (1, 9, 384)
+            assert exported["pos_embedding"].shape == (1, 9, 96)
             close(torch.from_numpy(exported["cls"]), torch.from_numpy(tree["cls"]), 1e-6)
 
 
 def test_refusals():
-    tree = random_tree(tree_shapes(384, 2, 1536, 6, 9, classes=5))
+    tree = random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5))
     with pytest.raises(ValueError, match="without a place"):
         big_vision.load_npz(small(depth=1), tree)
     with pytest.raises(ValueError, match="does not fit"):

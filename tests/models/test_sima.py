@@ -5,6 +5,7 @@ import functools
 import itertools
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import straight as s
@@ -214,6 +215,38 @@ def test_containers_and_refusals(tmp_path):
         load_official(loaded, state, ema=True)
     with pytest.raises(ValueError, match="is no file"):
         load_official(loaded, tmp_path / "none.pth")
+    torch.save(container | {"args": argparse.Namespace(output=Path("x"))}, tmp_path / "objects.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "checkpoint.pth").read_bytes()[:5000])
+    (tmp_path / "cut.safetensors").write_bytes(b"no tensors")
+    for name in ("objects.pth", "cut.pth", "cut.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is damaged, or holds objects"):
+            load_official(loaded, tmp_path / name)
+
+
+def test_timm_s_own_ways_to_a_checkpoint(tmp_path):
+    model = timm.create_model("sima_nano_12_p16", depth=1)
+    torch.save({"model": model.state_dict(), "epoch": 3, "scaler": {}}, tmp_path / "sima.pth")
+    xcit = timm.create_model("xcit_nano_12_p16_224", depth=1)
+    torch.save({"model": xcit.state_dict()}, tmp_path / "xcit.pth")
+    by_path = timm.create_model("sima_nano_12_p16", depth=1, checkpoint_path=str(tmp_path / "sima.pth"))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in by_path.state_dict().items())
+    for source, name in ((model, "sima"), (xcit, "xcit")):
+        overlay = {"file": str(tmp_path / f"{name}.pth")}
+        other_head = timm.create_model(
+            "sima_nano_12_p16", depth=1, num_classes=7, pretrained=True, pretrained_cfg_overlay=overlay
+        )
+        assert torch.equal(other_head.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+        assert other_head.num_classes == 7
+
+
+def test_the_official_pair_in_training():
+    """The official code returns its logits twice in training mode; here only if asked, as of timm's distilled DeiT."""
+    model, images = timm.create_model("sima_nano_12_p16", depth=1), torch.randn(2, 3, 32, 32)
+    assert isinstance(model.train()(images), torch.Tensor)
+    model.set_distilled_training(True)
+    first, second = model(images)
+    assert first is second
+    assert isinstance(model.eval()(images), torch.Tensor)
 
 
 @pytest.mark.parametrize("layout", ["official", "timm"])

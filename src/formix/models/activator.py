@@ -144,8 +144,8 @@ class ActivatorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]"""
-        unit = self.mgu if hasattr(self, "mgu") else self.actgu
-        x = x + unit(self.norm(x))
+        h = self.norm(x)
+        x = x + (self.mgu(h) if hasattr(self, "mgu") else self.actgu(h))
         return x if self.ffn is None else x + self.ffn(self.norm(x))
 
 
@@ -193,6 +193,11 @@ class ActivatorClassifier(ImageModel, nn.Module):
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"model.{i}"} for i in range(depth)
         ]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        from formix.models.script import ScriptableActivator
+
+        return ScriptableActivator(self)
 
     def img_size(self) -> tuple[int, int]:
         return self.size

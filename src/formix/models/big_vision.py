@@ -8,6 +8,7 @@ gate have the names that flax gives them; ReLU attention adds no weights of its 
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,14 +95,24 @@ def load_npz(model: nn.Module, source: str | Path | Mapping[str, Array]) -> None
     Raises:
         ValueError: weights without a place, places without weights, or shapes that differ.
     """
-    if isinstance(source, str | Path):
-        with np.load(source, allow_pickle=False) as file:
-            source = {name: file[name] for name in file.files}
-    state = from_tree(source, model)
+    state = from_tree(read_npz(source) if isinstance(source, str | Path) else source, model)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"This tree does not fit this model: {error}") from None
+
+
+def read_npz(path: str | Path) -> Tree:
+    """The tree in an npz file.
+
+    Raises:
+        ValueError: no npz file, or a damaged one.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no npz file of big_vision's weights: {error}") from None
 
 
 def save_npz(model: nn.Module, path: str | Path, *, scan: bool = False) -> None:

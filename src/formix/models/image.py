@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -86,16 +88,25 @@ def load_official(model: nn.Module, source: str | Path | Mapping[str, Any], *, e
         raise ValueError(f"These weights do not fit this model: {error}") from None
 
 
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the containers keep their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds objects beside weights, which are not built ({str(error).splitlines()[0]}). "
+            "If you trust its source, read it with torch.load(path, weights_only=False) and pass what it holds."
+        ) from None
+
+
 def _weights(source: str | Path | Mapping[str, Any], ema: bool) -> dict[str, Tensor]:
     if isinstance(source, str | Path):
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"{path} is no file; give a checkpoint of the official code.")
-        if path.suffix == ".safetensors":
-            source = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the containers keep their arguments
-                source = torch.load(path, map_location="cpu", weights_only=True)
+        source = _read(path)
     key = "model_ema" if ema else "model"
     if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
         source = source[key]

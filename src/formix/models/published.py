@@ -21,7 +21,8 @@ class Published:
     cfg: dict[str, Any] = field(default_factory=dict)  # timm's description of input and classifier
 
 
-def _cfg(size: int, classes: int, first_conv: str, classifier: str, statistics: dict[str, Any]) -> dict[str, Any]:
+def timm_cfg(size: int, classes: int, first_conv: str, classifier: str, statistics: dict[str, Any]) -> dict[str, Any]:
+    """timm's description of a model."""
     return {
         "url": "",
         "input_size": (3, size, size),
@@ -61,7 +62,7 @@ def _sima(size: tuple[int, int, int, float, bool], patch: int) -> Published:
             "eta": eta,
             "tokens_norm": tokens_norm,
         },
-        cfg=_cfg(224, 1000, "patch_embed.proj.0.0", "head", IMAGENET),
+        cfg=timm_cfg(224, 1000, "patch_embed.proj.0.0", "head", IMAGENET),
     )
 
 
@@ -74,7 +75,7 @@ def _activator(kind: str) -> Published:
     return Published(
         module="formix.models.activator",
         arguments={"kind": kind},
-        cfg=_cfg(32, 10, "patcher", "classifier", SYMMETRIC),
+        cfg=timm_cfg(32, 10, "patcher", "classifier", SYMMETRIC),
     )
 
 
@@ -92,7 +93,7 @@ def _relu_vit(size: str, patch: int) -> Published:
     return Published(
         module="formix.models.relu_vit",
         arguments={"base": f"vit_{size}_patch{patch}_224"},
-        cfg=_cfg(224, 1000, "patch_embed.proj", "head", SYMMETRIC),
+        cfg=timm_cfg(224, 1000, "patch_embed.proj", "head", SYMMETRIC),
     )
 
 

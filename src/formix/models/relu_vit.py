@@ -34,6 +34,11 @@ class ReluVisionTransformer(ImageModel, FormixVisionTransformer):  # type: ignor
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        from formix.models import script
+
+        return script.scriptable_vit(self, script.ScriptableReluViT)
+
     def prune_intermediate_layers(
         self: Any, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:

@@ -12,14 +12,14 @@ from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
 
-from formix.models.published import IMAGENET, PUBLISHED
+from formix.models.published import IMAGENET, PUBLISHED, SYMMETRIC, timm_cfg
 
 __all__ = ["formix_vit"]
 
 default_cfgs = generate_default_cfgs(
     {
-        "formix_vit": {"url": "", "input_size": (3, 224, 224), "num_classes": 1000},
-        "formix_xcit": {"url": "", "input_size": (3, 224, 224), "num_classes": 1000, "classifier": "head", **IMAGENET},
+        "formix_vit": timm_cfg(224, 1000, "patch_embed.proj", "head", SYMMETRIC),
+        "formix_xcit": timm_cfg(224, 1000, "patch_embed.proj.0.0", "head", IMAGENET),
         **{name: published.cfg for name, published in PUBLISHED.items()},
     }
 )

@@ -88,6 +88,17 @@ class _DesignedTrunk:
             self.reset_classifier(0, "")
         return take
 
+    def load_pretrained(self: Any, checkpoint_path: str, prefix: str = "") -> None:
+        """big_vision's npz weights (timm's ``checkpoint_path="weights.npz"``), every one in its place.
+
+        Raises:
+            ValueError: weights without a place, places without weights, or another image size.
+        """
+        from formix.models import big_vision
+
+        tree = big_vision.read_npz(checkpoint_path)
+        big_vision.load_npz(self, {k.removeprefix(prefix): v for k, v in tree.items() if k.startswith(prefix)})
+
     def fix_init_weight(self: Any) -> None:
         """timm's scaling of the last weights of both branches by 1 / sqrt(2 layer), where a block has them."""
         with torch.no_grad():
@@ -104,9 +115,19 @@ class _DesignedTrunk:
 class FormixVisionTransformer(_DesignedTrunk, VisionTransformer):  # type: ignore[misc]
     """timm's `VisionTransformer` with blocks of a `Design`; the same parameter names, methods and heads."""
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        from formix.models import script
+
+        return script.scriptable_vit(self, script.ScriptableViT)
+
 
 class FormixVisionTransformerDistilled(_DesignedTrunk, VisionTransformerDistilled):  # type: ignore[misc]
     """timm's distilled DeiT with blocks of a `Design`."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        from formix.models import script
+
+        return script.scriptable_vit(self, script.ScriptableDistilledViT)
 
 
 _CLASSES: dict[type, type] = {

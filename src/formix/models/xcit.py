@@ -85,8 +85,24 @@ class FormixXcit(ImageModel, Xcit):
 
     With `official` in the design, class attention is that of the official code: eps 1e-6, patch tokens normalised
     (`tokens_norm`), fed through layer scale and doubled. Without, patch tokens pass the class blocks unchanged.
-    In training mode, too, the model returns logits alone (SimA's code then returns the same logits twice).
+    In training mode, too, the model returns logits alone, unless `set_distilled_training` asks for SimA's pair.
     """
+
+    distilled_training = False
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """In training mode return the logits twice, (x, x), as SimA's code does; the name is that of timm's DeiT."""
+        self.distilled_training = enable
+
+    def forward(self, x: Tensor) -> Any:
+        """[B, C, H, W] -> logits [B, classes], or them twice."""
+        logits = super().forward(x)
+        return (logits, logits) if self.training and self.distilled_training else logits
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        from formix.models import script
+
+        return script.scriptable_xcit(self)
 
     @property
     def pos_embed(self) -> Any:  # type: ignore[override]
@@ -122,13 +138,14 @@ _TEMPERATURE = re.compile(r"blocks\.\d+\.attn\.temperature")
 
 
 def build(name: str, **arguments: Any) -> FormixXcit:
-    """SimA's model `name`, or ``formix_xcit``, which is timm's model `base` in a `design`."""
+    """SimA's model `name`, or ``formix_xcit``, which is timm's model `base` in a `design` (XCiT-S12/16 in SimA)."""
     if name in SIMA:
         chosen = find_design(arguments.pop("design", None) or find_design("sima", official=True))
         trunk: Any = Xcit(**{**SIMA[name].arguments, **arguments})
     else:
-        base, chosen = arguments["base"], find_design(arguments.pop("design"))
-        trunk = timm.create_model(base, **{k: v for k, v in arguments.items() if k != "base"})
+        arguments = {"base": "xcit_small_12_p16_224"} | arguments
+        chosen = find_design(arguments.pop("design", "sima"))
+        trunk = timm.create_model(arguments["base"], **{k: v for k, v in arguments.items() if k != "base"})
     model = _with_design(trunk, chosen)
     model.remember(name, arguments, chosen)
     return model
