@@ -56,6 +56,11 @@ def test_probe_reads_what_is_there(digits):
     assert linear_probe(Brightness(8), digits, precision="float32") < 0.5  # the top row alone is not enough
 
 
+def test_probe_is_fitted_on_no_more_than_the_limit(digits):
+    few, all_of_them = (linear_probe(Brightness(64), digits, limit=n, precision="float32") for n in (30, 10_000))
+    assert 0.3 < few < all_of_them - 0.05
+
+
 def test_probe_agrees_with_scikit_learn(digits):
     """The features of `Brightness` are the 8 x 8 pixels, so scikit-learn's own regression must do as well."""
     from sklearn.linear_model import LogisticRegression

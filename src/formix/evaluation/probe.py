@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from formix.data import BatchDataset, Data, collate
+from formix.data import Data, collate
 from formix.data.base import SPLITS
 from formix.data.images import ImageDataset
 from formix.training.loop import autocast_dtype
@@ -18,7 +18,9 @@ from formix.training.loop import autocast_dtype
 PENALTIES = (0.01, 0.1, 1.0)  # scikit-learn's C, tried on the validation split
 
 
-def linear_probe(model: Any, data: Data, *, batch_size: int = 64, precision: str = "auto") -> float:
+def linear_probe(
+    model: Any, data: Data, *, limit: int = 10_000, batch_size: int = 64, precision: str = "auto"
+) -> float:
     """Accuracy on test of multinomial logistic regression on a model's frozen features.
 
     The features are standardised; the regression is fitted on train with each C of `PENALTIES`, and the C that is best
@@ -27,6 +29,7 @@ def linear_probe(model: Any, data: Data, *, batch_size: int = 64, precision: str
     Args:
         model: a timm model, formix's or a stock one, that takes images of the data's size.
         data: image classification, from `load_data`.
+        limit: training samples that the regression is fitted on, drawn with seed 0; all if there are fewer.
         precision: of the features, as in training: "auto", "float32" or "bfloat16".
 
     Raises:
@@ -42,8 +45,12 @@ def linear_probe(model: Any, data: Data, *, batch_size: int = 64, precision: str
     labels: dict[str, np.ndarray] = {}
     for split in SPLITS:
         dataset: ImageDataset = getattr(data, split)
-        features[split] = image_features(model, dataset, batch_size=batch_size, precision=precision).cpu().numpy()
-        labels[split] = dataset.labels.numpy()
+        rows = np.arange(len(dataset))
+        if split == "train":
+            rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
+        part = Subset(dataset, rows.tolist())
+        features[split] = image_features(model, part, batch_size=batch_size, precision=precision).cpu().numpy()
+        labels[split] = dataset.labels.numpy()[rows]
     scaler = StandardScaler().fit(features["train"])
     features = {split: scaler.transform(x) for split, x in features.items()}
     probes = [LogisticRegression(C=c, max_iter=1000, tol=1e-3) for c in PENALTIES]
@@ -54,8 +61,11 @@ def linear_probe(model: Any, data: Data, *, batch_size: int = 64, precision: str
 
 
 @torch.no_grad()
-def image_features(model: Any, dataset: BatchDataset, *, batch_size: int = 64, precision: str = "auto") -> Tensor:
-    """What a model's classifier reads, [N, C] in float32: its pooled features, in evaluation mode."""
+def image_features(model: Any, dataset: Dataset, *, batch_size: int = 64, precision: str = "auto") -> Tensor:
+    """What a model's classifier reads, [N, C] in float32: its pooled features, in evaluation mode.
+
+    The data set is an `ImageDataset` or a torch `Subset` of one.
+    """
     was_training, device = model.training, next(model.parameters()).device
     dtype = autocast_dtype(precision)
     model.eval()
