@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test slow check readme clean
+.PHONY: demo test slow check readme kernels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/formix compare studies/demo-images.yaml studies/demo-text.yaml --out runs/demo
@@ -26,6 +26,11 @@ check: $(VENV)/.installed-dev
 readme: $(VENV)/.installed-dev
 	$(BIN)/python docs/readme.py
 	$(BIN)/python docs/screenshot.py docs/results/fashion-mnist/report.html docs/report.png
+
+# The CPU kernels against their targets, into docs/results/kernels: minutes, on a machine that does nothing else.
+kernels: $(VENV)/.installed-dev
+	$(BIN)/formix bench targets --out docs/results/kernels
+	$(BIN)/python docs/screenshot.py docs/results/kernels/chart.html docs/results/kernels/chart.png whole
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,5 @@
-"""Takes the README's picture of a report with Debian's Chromium: `python docs/screenshot.py REPORT.html PICTURE`."""
+"""Takes the docs' pictures of pages that formix writes, with Debian's Chromium:
+`python docs/screenshot.py PAGE.html PICTURE`, and `whole` behind them for the page to its end."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
 
-def main(report: str, picture: str) -> None:
+def main(page: str, picture: str, part: str = "top") -> None:
     options = Options()
     options.binary_location = "/usr/bin/chromium"
     with tempfile.TemporaryDirectory() as profile:
@@ -29,13 +30,16 @@ def main(report: str, picture: str) -> None:
         options.add_argument(f"--user-data-dir={profile}")
         browser = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
         try:
-            browser.get(Path(report).resolve().as_uri())
+            browser.get(Path(page).resolve().as_uri())
             drawn = "return document.documentElement.dataset.drawn === 'true'"
             WebDriverWait(browser, 60).until(lambda b: b.execute_script(drawn))
+            if part == "whole":
+                height = browser.execute_script("return document.documentElement.scrollHeight")
+                browser.set_window_size(1100, height + 150)  # the frame of the window is part of its size
             browser.save_screenshot(picture)
         finally:
             browser.quit()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +100,16 @@ def test_the_page_has_the_targets_and_every_case(measured):
     assert "Synthetic processor (AVX512), 2 threads" in text
     for case in measured.cases:
         assert text.count(f"| {case.name} |") == 3
+
+
+def test_the_readme_can_hold_the_targets(measured, tmp_path):
+    path = tmp_path / "results.json"
+    records.write(measured, path)
+    source = Path(__file__).resolve().parents[2] / "docs" / "readme.py"
+    readme = runpy.run_path(str(source))
+    text = f"before\n<!-- table: {path} -->\nstale\n<!-- end -->\nafter\n"
+    written = readme["TABLE"].sub(readme["tables"], text)
+    assert targets_markdown(measured).strip() in written
+    assert "stale" not in written
+    assert written.endswith("<!-- end -->\nafter\n")
+    assert readme["TABLE"].sub(readme["tables"], written) == written

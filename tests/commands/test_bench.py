@@ -1,9 +1,14 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from formix.benchmarks.attention import AttentionCase
 from formix.cli import main
+from formix.commands.arguments import parse
+from formix.commands.bench import BENCHES
 
 SMALL = [
     "--tokens=16,24",
@@ -46,6 +51,15 @@ def test_help(capsys):
     assert main(["bench", "--help"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("attention", "block", "model", "targets"))
+
+
+def test_the_commands_of_the_documentation_are_understood():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text()
+    commands = re.findall(r"^    formix bench (.*?)(?: +#.*)?$", page, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        what, *flags = shlex.split(command)
+        parse(BENCHES[what], f"bench {what}", flags)
 
 
 WRONG = {
