@@ -7,6 +7,8 @@ standard error, with exit status 2.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,12 +16,16 @@ from formix.commands.analyze import analyze
 from formix.commands.bench import bench
 from formix.commands.compare import compare
 from formix.commands.convert import convert
+from formix.commands.evaluate import evaluate
 from formix.commands.lists import data, designs, implementations
 from formix.commands.report import report
+from formix.commands.train import train
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "convert": convert,
+    "train": train,
+    "eval": evaluate,
     "report": report,
     "analyze": analyze,
     "bench": bench,
@@ -46,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(" ".join(str(error).split()))
     except OSError as error:
         return _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
-    except KeyboardInterrupt:
-        print("formix: interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)  # a training run says which signal and what it saved
+        print(f"formix: {str(interrupt) or 'interrupted'}; the same command goes on from here.", file=sys.stderr)
+        return 128 + number
 
 
 def _summary(verb: Callable[..., int]) -> str:
@@ -56,7 +63,8 @@ def _summary(verb: Callable[..., int]) -> str:
 
 
 def _fail(sentence: str) -> int:
-    print(f"formix: {sentence}", file=sys.stderr)
+    process = os.environ.get("RANK", "0")  # of several, under torchrun
+    print(f"formix: {sentence}" if process == "0" else f"formix (process {process}): {sentence}", file=sys.stderr)
     return 2
 
 

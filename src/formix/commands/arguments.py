@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_type_hints
 
 
 def parse(config_class: Any, verb: str, flags: list[str]) -> Any:
     """The dataclass out of flags and YAML; both dashes and underscores are taken in flags' names."""
+    return parse_several([config_class], verb, flags)[0]
+
+
+def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[Any]:
+    """Several dataclasses whose fields stand side by side in the flags and the YAML."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=f"formix {verb}", exit_on_error=False, description=config_class.__doc__)
+    about = " ".join(config_class.__doc__ for config_class in config_classes)
+    parser = ArgumentParser(prog=f"formix {verb}", exit_on_error=False, description=about)
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
-    parser.add_class_arguments(config_class)
-    names = [_underscored(flag) for flag in flags]
+    for config_class in config_classes:
+        parser.add_class_arguments(config_class)
     try:
-        parsed = parser.parse_args(names)
+        values = parser.parse_args([_underscored(flag) for flag in flags]).as_dict()
     except ArgumentError as error:
         raise ValueError(str(error)) from None
-    values = {k: v for k, v in parsed.as_dict().items() if k != "config"}
-    return config_class(**values)
+    return [_build(config_class, values) for config_class in config_classes]
+
+
+def _build(config_class: Any, values: dict[str, Any]) -> Any:
+    kinds = get_type_hints(config_class)
+    arguments = {}
+    for field in dataclasses.fields(config_class):
+        value = values[field.name]
+        nested = dataclasses.is_dataclass(kinds[field.name]) and isinstance(value, dict)
+        arguments[field.name] = kinds[field.name](**value) if nested else value
+    return config_class(**arguments)
 
 
 def _underscored(flag: str) -> str:

@@ -27,13 +27,11 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
 from formix.models import save as save_model
-from formix.training.parallel import from_first, gathered, process_count
+from formix.training.parallel import from_first, process_count, together
 
 _log = logging.getLogger("formix")
 MANIFEST, STATE, PARTIAL = "manifest.json", "state.json", ".partial-"
@@ -229,28 +227,6 @@ def damage(path: Path) -> str | None:
         if _sha256(found[name]) != digest:
             return f"{name} has been altered"
     return None
-
-
-def together(action: Callable[[], None], *, otherwise: str, first_only: bool = False) -> None:
-    """Do something on every process, or on the first alone; if it fails on one, all raise a ValueError."""
-    problem = None
-    if not first_only or process_count()[0] == 0:
-        try:
-            action()
-        except (OSError, SafetensorError, CheckpointException) as error:
-            problem = _reason(error)
-    problems = [p for p in gathered(problem) if p is not None]
-    if problems:
-        raise ValueError(f"{otherwise}: {problems[0]}.")
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        first = next(iter(error.failures.values()))
-        return _reason(first[0])
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())
 
 
 def _difference(theirs: Any, mine: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -10,7 +12,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +35,28 @@ def start() -> Accelerator:
         raise ValueError(f"Not all processes of this run appeared within {TIMEOUT} ({reason}).") from None
 
 
+@contextlib.contextmanager
+def joined() -> Iterator[Accelerator]:
+    """`start`, and at the end leave the others; a process that is lost meanwhile ends the run of all.
+
+    Raises:
+        ValueError: another process ended or cannot be reached any more.
+    """
+    try:
+        yield start()
+    except RuntimeError as error:
+        gone = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection"))
+        if process_count()[1] == 1 or not gone:
+            raise
+        raise ValueError(
+            "Another process of this run ended or cannot be reached; start the same command again, and it goes on from "
+            "the last checkpoint."
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def process_count() -> tuple[int, int]:
     """(number of this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -46,8 +72,11 @@ def distribute(model: nn.Module, how: Parallel, device: torch.device) -> nn.Modu
     if process_count()[1] == 1:
         return model
     if how == "ddp":
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=_has_unused(model))
+        # some models have weights that a loss does not reach: a head that recovery does not train, official quirks
+        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no block is changed in place
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     for layer in max(lists, key=_size, default=nn.ModuleList()):
         fully_shard(layer)
@@ -94,9 +123,27 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
+def together(action: Callable[[], None], *, otherwise: str, first_only: bool = False) -> None:
+    """Do something on every process, or on the first alone; if it fails on one, all raise a ValueError."""
+    problem = None
+    if not first_only or process_count()[0] == 0:
+        try:
+            action()
+        except (OSError, SafetensorError, CheckpointException) as error:
+            problem = _reason(error)
+    problems = [p for p in gathered(problem) if p is not None]
+    if problems:
+        raise ValueError(f"{otherwise}: {problems[0]}.")
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        first = next(iter(error.failures.values()))
+        return _reason(first[0])
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
+
+
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _has_unused(model: nn.Module) -> bool:
-    return False

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
+class Interrupted(KeyboardInterrupt):
     """A signal ended the run, and what it had done is saved."""
 
     def __init__(self, number: int, saved: str) -> None:

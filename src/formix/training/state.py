@@ -20,8 +20,12 @@ from formix.training.parallel import process_count
 
 
 def named_tensors(model: nn.Module, optimizer: Optimizer, ema: Ema | None) -> dict[str, Tensor]:
-    """Weights, optimiser state and averages by name: the tensors themselves, sharded ones as this process's shards."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """Weights, optimiser state and averages by name: the tensors themselves, sharded ones as this process's shards.
+
+    Weights that are used in two places (an embedding and the output layer) come once, under their first name.
+    """
+    once = {id(tensor): (name, tensor.detach()) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    tensors = {f"model.{name}": tensor for name, tensor in once.values()}
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}

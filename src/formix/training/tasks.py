@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torchmetrics.functional import matthews_corrcoef, spearman_corrcoef
 
 from formix.data import Batch, BatchDataset, Data, collate
 from formix.training.config import Loss
-from formix.training.parallel import whole
+from formix.training.parallel import gathered, process_count, whole
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -73,17 +73,18 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
     """The data's metric on a split, in evaluation mode and the weights' own precision; every sample counts once.
 
     accuracy in [0, 1]; bits_per_byte = nats per target / ln 2 / bytes per target; perplexity = exp(nats per target) of
-    masked tokens; Matthews and Spearman correlations.
+    masked tokens; Matthews and Spearman correlations. Several processes share the work and all have the result.
     """
-    dataset: BatchDataset = getattr(data, split)
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
     nats, targets = 0.0, 0
-    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
+    for batch, counts in _shared_batches(getattr(data, split), batch_size):
         batch = {k: v.to(device) for k, v in batch.items()}
         logits = forward(model, batch).float()
+        if not counts:
+            continue
         if data.metric in ("bits_per_byte", "perplexity"):
             nats += F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), reduction="sum").double().item()
             targets += int((batch["labels"] >= 0).sum())
@@ -91,15 +92,27 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
             outputs.append(logits[:, 0] if data.task == "sequence-regression" else logits.argmax(-1))
             labels.append(batch["labels"])
     model.train(was_training)
-    if data.metric == "perplexity":
-        return math.exp(min(nats / targets, 700.0))  # a double ends at exp(709)
-    if data.metric == "bits_per_byte":
+    if data.metric in ("bits_per_byte", "perplexity"):
+        shares = gathered((nats, targets))
+        mean = sum(nats for nats, _ in shares) / sum(targets for _, targets in shares)
+        if data.metric == "perplexity":
+            return math.exp(min(mean, 700.0))  # a double ends at exp(709)
         assert data.bytes_per_target is not None
-        return nats / targets / math.log(2) / data.bytes_per_target[split]
-    predicted, expected = torch.cat(outputs), torch.cat(labels)
+        return mean / math.log(2) / data.bytes_per_target[split]
+    both = gathered(([t.cpu() for t in outputs], [t.cpu() for t in labels]))
+    predicted, expected = (torch.cat([t for share in both for t in share[i]]) for i in (0, 1))
     if data.metric == "accuracy":
         return (predicted == expected).double().mean().item()
     if data.metric == "matthews_corrcoef":
         assert data.num_classes is not None
         return matthews_corrcoef(predicted, expected, task="multiclass", num_classes=data.num_classes).item()
     return spearman_corrcoef(predicted, expected).item()
+
+
+def _shared_batches(dataset: BatchDataset, batch_size: int) -> Iterator[tuple[Batch, bool]]:
+    """This process's part, every P-th sample, in as many batches as the others have; one with False only keeps pace."""
+    process, processes = process_count()
+    mine, most = range(len(dataset))[process::processes], math.ceil(len(dataset) / processes)
+    batches = [list(mine[start : start + batch_size]) for start in range(0, most, batch_size)]
+    loader = DataLoader(dataset, batch_sampler=[b or [0] for b in batches], collate_fn=collate)
+    return zip(loader, map(bool, batches), strict=True)

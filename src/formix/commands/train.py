@@ -1,0 +1,141 @@
+"""`formix train`: one model, trained until it is done, however often it is interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from formix.commands.arguments import parse_several
+
+if TYPE_CHECKING:
+    from formix.data import Data
+    from formix.training import Step, TrainConfig
+    from formix.training.job import JobConfig
+
+
+def train(arguments: list[str]) -> int:
+    """Train a model from a recipe or YAML file; started again, it goes on from where it was."""
+    import torch
+    from accelerate.utils import set_seed
+    from rich.console import Console
+
+    from formix.comparison.models import build_model
+    from formix.training import Checkpoints, evaluate
+    from formix.training import train as run
+    from formix.training.job import MetricsFile, OutputDirectory, combined
+    from formix.training.parallel import joined, process_count, together
+    from formix.training.trackers import Trackers
+
+    job, training = _configs(arguments)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    out = OutputDirectory(job.out)
+    data = job.load_data()
+    set_seed(training.seed)
+    model = build_model(data, job.model, job.model_args, job.design)
+    with joined():
+        first = process_count()[0] == 0
+        checkpoints = Checkpoints(
+            out.checkpoints,
+            keep=job.keep,
+            minutes=job.save_minutes,
+            steps=job.save_steps,
+            identity=job.identity(data),
+        )
+        together(lambda: out.claim(combined(job, training)), first_only=True, otherwise=f"{out.path} cannot be used")
+        metrics = MetricsFile(out.metrics, job.log_steps)
+        trackers = Trackers([n for n in job.trackers.split(",") if n], out.path, combined(job, training))
+        with _display(training, data) if first else contextlib.nullcontext(lambda step: None) as show:
+
+            def on_step(step: Step) -> None:
+                metrics.add(step)
+                if job.trackers and (step.point or step.step % job.log_steps == 0):
+                    trackers.log(_figures(step), step.step)
+                show(step)
+
+            result = run(
+                model,
+                data,
+                training,
+                checkpoints=checkpoints,
+                parallel=job.parallel,
+                workers=job.workers,
+                on_step=on_step,
+            )
+        trackers.finish()
+        latest = checkpoints.latest
+        if result.diverged:
+            where = f"{latest} is the last checkpoint before it" if latest else "there is no checkpoint before it"
+            raise ValueError(
+                f"The run diverged: {result.diverged}; {where}. Lower --lr, or use --on-divergence=rewind."
+            )
+        test = evaluate(model, data, "test")
+        if first:
+            assert latest is not None
+            record = {"metric": data.metric, "validation": result.validation, "test": test, "chance": data.chance}
+            out.finish(latest, {**record, "seconds": result.seconds, "samples": result.samples})
+            console = Console()
+            console.print(
+                f"{data.metric}: validation {result.validation:.4f}, test {test:.4f}, chance {data.chance:.4f}"
+            )
+            console.print(f"Model: {out.model}", soft_wrap=True)
+    return 0
+
+
+def _configs(arguments: list[str]) -> tuple[JobConfig, TrainConfig]:
+    """The two halves of the configuration, out of a recipe's name or a YAML file, and flags."""
+    from formix.training import TrainConfig
+    from formix.training.job import JobConfig
+    from formix.training.recipes import recipe_path
+
+    files = [a for a in arguments[:1] if not a.startswith("-")]
+    flags = arguments[len(files) :]
+    if files:
+        path = Path(files[0]) if files[0].endswith((".yaml", ".yml")) else recipe_path(files[0])
+        if not path.is_file():
+            raise ValueError(f"{path} is no file; give the YAML of a run, or a recipe's name.")
+        flags = ["--config", str(path), *flags]
+    job, training = parse_several([JobConfig, TrainConfig], "train", flags)
+    return job, training
+
+
+def _figures(step: Step) -> dict[str, float]:
+    figures = {"loss": step.loss, "lr": step.lr, "epoch": step.epoch, "samples_per_second": step.samples / step.seconds}
+    return figures | ({"validation": step.point.validation} if step.point else {})
+
+
+@contextlib.contextmanager
+def _display(training: TrainConfig, data: Data) -> Iterator[Callable[[Step], None]]:
+    """A bar with loss, validation, speed and time left, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    per_sample, unit = (data.sequence_length, "tokens") if data.task in ("causal-lm", "masked-lm") else (1, "samples")
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("starting", total=1.0)
+    state: dict[str, Any] = {"shown": 0.0, "validation": "", "begin": None}
+
+    def show(step: Step) -> None:
+        if state["begin"] is None:
+            bar.start()  # only now: before the first step a wrong argument may still end everything in one sentence
+            state["begin"] = step
+        if step.point is not None:
+            state["validation"] = f", {data.metric} {step.point.validation:.4f}"
+        if (now := time.monotonic()) - state["shown"] < 0.2 and step.point is None:
+            return
+        state["shown"] = now
+        begin = state["begin"]
+        spent = max(step.seconds - begin.seconds, 1e-9)
+        speed = (step.samples - begin.samples) * (per_sample or 1) / spent
+        text = f"epoch {step.epoch:.1f}, loss {step.loss:.4f}{state['validation']}, {speed:,.0f} {unit}/s"
+        bar.update(task, description=text, completed=step.progress)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

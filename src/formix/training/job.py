@@ -1,0 +1,157 @@
+"""A training run as a user asks for it: what to train on what, and where its results go."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from formix.data import Data, load_data
+from formix.data.masking import masked_lm
+from formix.records import write_atomically
+from formix.training.parallel import Parallel
+from formix.training.progress import Step
+
+# what decides the outcome beside TrainConfig; a run goes on only with the same
+DEFINING = (
+    "data", "task", "mask_probability", "design", "model", "model_args", "sequence_length", "tokenizer", "img_size",
+    "validation_fraction", "test_fraction", "limit",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """The data, the model, and where and how the run is carried out."""
+
+    data: str = "digits"  # a name of `formix data`
+    task: Literal["masked-lm"] | None = None  # None: what the data are for
+    mask_probability: float = 0.15  # of masked-lm: share of the tokens that are to be predicted
+    sequence_length: int = 128  # tokens of a window or sentence
+    tokenizer: str | None = None  # a transformers tokenizer directory; None: bytes, or WordPiece of the data for GLUE
+    img_size: int | None = None  # side that images of folders are scaled to
+    validation_fraction: float | None = None  # held out for choosing; None: the data's own default
+    test_fraction: float | None = None  # held out for reporting where the data have no test split
+    limit: int | None = None  # most training samples (bytes of text)
+
+    design: str | None = None  # a design or combination; None: a directory's own, or softmax
+    model: str | None = None  # a timm or text model's name, or a directory with weights; None: a small one that fits
+    model_args: dict[str, Any] = field(default_factory=dict)  # its arguments: {drop_path_rate: 0.1}
+
+    out: str = "runs/train"  # model, metrics.csv, config.json and checkpoints go there; a run there is gone on with
+    keep: int = 3  # newest checkpoints that stay, beside the best
+    save_minutes: float = 10.0  # between checkpoints, which are also written at evaluations; 0: only there
+    save_steps: int = 0  # between checkpoints, in optimiser steps; 0: by time alone
+    log_steps: int = 10  # between rows of metrics.csv
+    trackers: str = ""  # tensorboard, trackio, wandb, mlflow: names with commas
+    parallel: Parallel = "ddp"  # with several processes: copies of the model (ddp) or shards of it (fsdp)
+    workers: int = 0  # processes that load data; 0: the training process itself
+    threads: int | None = None  # CPU threads; None: PyTorch's choice
+
+    def __post_init__(self) -> None:
+        for name, least in (("keep", 1), ("save_minutes", 0), ("save_steps", 0), ("log_steps", 1), ("workers", 0)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
+        if self.threads is not None and not 1 <= self.threads <= 4096:
+            raise ValueError(f"threads is {self.threads}; it must be 1 to 4096.")
+
+    def load_data(self) -> Data:
+        """The data of the run."""
+        data = load_data(
+            self.data,
+            sequence_length=self.sequence_length,
+            tokenizer=self.tokenizer,
+            img_size=self.img_size,
+            validation_fraction=self.validation_fraction,
+            test_fraction=self.test_fraction,
+            limit=self.limit,
+        )
+        return masked_lm(data, probability=self.mask_probability) if self.task == "masked-lm" else data
+
+    def identity(self, data: Data) -> dict[str, Any]:
+        """What a checkpoint is of, the contents of the data included."""
+        return {**{name: getattr(self, name) for name in DEFINING}, "sha256 of the data": data.provenance.get("sha256")}
+
+
+class OutputDirectory:
+    """`--out`: config.json, metrics.csv, result.json, model/ and checkpoints/.
+
+    Raises:
+        ValueError: a directory that holds something else.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config, self.metrics = self.path / "config.json", self.path / "metrics.csv"
+        self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
+        taken = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        if taken and not self.config.is_file():
+            raise ValueError(f"{self.path} exists and is no training run of formix's; choose another with --out.")
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Write down what runs there; a run with checkpoints stays, since they decide who may go on with it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.config.is_file() and any(self.checkpoints.glob("step-*")):
+            return
+        write_atomically(self.config, json.dumps(config, indent=1) + "\n")
+
+    def finish(self, checkpoint: Path, result: dict[str, Any]) -> None:
+        """Put the model of the last checkpoint in `model/`, and the result beside it."""
+        new = self.path / ".partial-model"
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(checkpoint / "model", new)
+        shutil.rmtree(self.model, ignore_errors=True)
+        new.replace(self.model)
+        write_atomically(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+class MetricsFile:
+    """metrics.csv: a row every `every` steps and at every evaluation.
+
+    A run that goes on from a checkpoint removes the rows of the steps that it repeats.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+        self._opened = False
+
+    def add(self, step: Step) -> None:
+        """A row, if it is time for one; complete on disk before the next checkpoint is written."""
+        if not self._opened:
+            self._keep_before(step.step)
+            self._opened = True
+        if step.step % self.every and step.point is None:
+            return
+        row = {
+            "step": step.step,
+            "epoch": step.epoch,
+            "seconds": round(step.seconds, 3),
+            "samples": step.samples,
+            "lr": step.lr,
+            "loss": step.loss,
+            "train_loss": step.point.train_loss if step.point else None,
+            "validation": step.point.validation if step.point else None,
+        }
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def _keep_before(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        header, *rows = self.path.read_text().splitlines(keepends=True) or [""]
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) < step]
+        write_atomically(self.path, "".join([header, *kept]) if header.endswith("\n") else "")
+        if not header.endswith("\n"):
+            self.path.unlink()
+
+
+def combined(job: JobConfig, training: Any) -> dict[str, Any]:
+    """Both halves of a configuration as the flat JSON that config.json holds."""
+    return {**dataclasses.asdict(job), **dataclasses.asdict(training)}

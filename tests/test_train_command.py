@@ -1,0 +1,130 @@
+"""`formix train` and `formix eval`."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from formix.cli import main
+
+SMALL = [
+    "--data=digits", "--design=relu", "--epochs=3", "--limit=128", "--batch-size=32", "--precision=float32",
+    '--model_args={"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 4}', "--log-steps=1", "--evaluations=3",
+]  # fmt: skip
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    """metrics.csv without the times."""
+    with (out / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "out"
+    assert main(["train", *SMALL, f"--out={out}"]) == 0
+    return out
+
+
+def test_it_writes_model_metrics_and_checkpoints_and_eval_finds_the_same(trained, capsys):
+    result = json.loads((trained / "result.json").read_text())
+    assert [row["step"] for row in rows(trained)] == [str(step) for step in range(1, 13)]
+    validations = [float(row["validation"]) for row in rows(trained) if row["validation"]]
+    assert len(validations) == 3
+    assert validations[-1] == result["validation"]
+    assert len(list((trained / "checkpoints").iterdir())) == 3
+    capsys.readouterr()
+    assert main(["eval", str(trained), "--json=true"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "metric": "accuracy", "split": "test", "value": result["test"], "samples": 359,
+    }  # fmt: skip
+    assert main(["eval", str(trained / "model"), "--data=digits", "--limit=128", "--split=validation"]) == 0
+    assert f"{result['validation']:.4f}" in capsys.readouterr().out
+
+
+def test_a_yaml_file_and_flags_are_one_configuration(tmp_path, capsys):
+    text = "data: digits\nlimit: 64\nepochs: 1\nlr: 0.005\naugmentation: {flip: 0.5}\nmodel_args: {depth: 1}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "run.yaml"), "--lr=0.002", f"--out={tmp_path / 'out'}"]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["lr"], config["limit"], config["augmentation"]["flip"]) == (0.002, 64, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("data", "flags"),
+    [
+        ("text", ["--sequence-length=16", "--model=gpt2-nano"]),
+        ("text", ["--sequence-length=16", "--task=masked-lm", "--model=bert-tiny"]),
+        ("glue", ["--model=bert-tiny", "--parallel=fsdp"]),
+    ],
+    ids=["causal-lm", "masked-lm", "regression"],
+)
+def test_the_other_tasks(tmp_path, data, flags, capsys):
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    lines = ["sentence1\tsentence2\tscore", *(f"a cat {i}\ta dog {i}\t{i % 5}" for i in range(40))]
+    (tmp_path / "STS-B").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "STS-B" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    name = f"text:{tmp_path / 'a.txt'}" if data == "text" else f"glue:{tmp_path / 'STS-B'}"
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2} if "--model=gpt2-nano" in flags else {"num_hidden_layers": 1}
+    flags = [*flags, f"--data={name}", f"--model_args={json.dumps(sizes)}", "--epochs=1", f"--out={tmp_path / 'out'}"]
+    assert main(["train", *flags, "--evaluations=1"]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "out"), "--json=true"]) == 0
+    test = json.loads((tmp_path / "out" / "result.json").read_text())["test"]
+    assert json.loads(capsys.readouterr().out)["value"] == pytest.approx(test)
+
+
+def test_ended_by_a_signal_and_started_again_it_ends_as_if_undisturbed(trained, tmp_path):
+    command = [sys.executable, "-m", "formix.cli", "train", *SMALL, f"--out={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "out" / "metrics.csv").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "ended by SIGTERM" in said
+    assert "goes on from here" in said
+    assert not (tmp_path / "out" / "model").exists()
+    assert main(["train", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
+    assert rows(tmp_path / "out") == rows(trained)
+    one, other = (load_file(out / "model" / "model.safetensors") for out in (trained, tmp_path / "out"))
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+WRONG = {
+    "recipe": (["train", "deti"], "'deti' is no recipe"),
+    "missing file": (["train", "none.yaml"], "none.yaml is no file"),
+    "unknown setting": (["train", "--colour=red"], "colour"),
+    "log steps": (["train", "--log-steps=0"], "log_steps is 0"),
+    "augmented text": (["train", "--data=text:{tmp}/a.txt", "--augmentation.flip=0.5"], "augmentation is for images"),
+    "masked images": (["train", "--task=masked-lm"], "masked-lm needs text"),
+    "taken directory": (["train", "--out={tmp}/thesis"], "no training run of formix's"),
+    "another rate": (["train", *SMALL, "--lr=0.5", "--out={trained}"], "with lr 0.001 and this one has lr 0.5"),
+    "another design": (["train", *SMALL, "--design=paf", "--out={trained}"], "with design relu and this one has"),
+    "a tracker": (["train", "--trackers=diary", "--out={tmp}/out"], "'diary' is no tracker"),
+    "evaluation of nothing": (["eval", "{tmp}/none", "--data=digits"], "none is no model directory"),
+    "evaluation without data": (["eval", "{trained}/model"], "give --data"),
+    "evaluation of other classes": (["eval", "{trained}/model", "--data=text:{tmp}/a.txt"], "has no tokens"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_in_one_sentence(case, trained, tmp_path, capsys):
+    arguments, named = WRONG[case]
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 400)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("important")
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    assert main([a.format(tmp=tmp_path, trained=trained) if "{t" in a else a for a in arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    assert named in said[0]
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}.items() <= before.items()

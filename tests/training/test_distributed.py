@@ -1,0 +1,65 @@
+"""Several processes compute what one does: gloo on the CPU, as copies (DDP) and in shards (FSDP2)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import distributed_run
+
+DESIGNS = ["softmax", "relu", "sima", "activator", "paf", "skip"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for design, expected in one.items():
+        found = other[design]
+        skipped = found["first"] - 1
+        assert found["losses"] == pytest.approx(expected["losses"][skipped:], abs=1e-5), design
+        assert found["curve"] == pytest.approx(expected["curve"], abs=1e-5), design
+        assert found["test"] == pytest.approx(expected["test"], abs=1e-5), design
+        assert found["samples"] == expected["samples"], design
+
+
+@pytest.mark.parametrize("designs", [["relu"], pytest.param(DESIGNS, marks=pytest.mark.slow)], ids=["relu", "all"])
+def test_a_run_may_change_its_number_of_processes_and_between_ddp_and_fsdp(tmp_path, designs):
+    """Two copies, stopped by a signal; two shards, stopped; one process to the end."""
+    common = {"designs": designs, "checkpoints": str(tmp_path / "checkpoints")}
+    undisturbed = distributed_run.main({"designs": designs})
+    out = tmp_path / "out.json"
+    assert distributed_run.launch(2, out, {**common, "parallel": "ddp", "stop_at": 13}) == {}
+    assert distributed_run.launch(2, out, {**common, "parallel": "fsdp", "stop_at": 31}) == {}
+    ended = distributed_run.main(common)
+    assert ended["relu"]["first"] == 33
+    assert_same(undisturbed, ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_every_design_has_the_losses_of_the_single_process_over_50_steps(tmp_path, parallel):
+    single = distributed_run.main({"designs": DESIGNS})
+    assert len(single["softmax"]["losses"]) == 50
+    assert_same(single, distributed_run.launch(2, tmp_path / "out", {"designs": DESIGNS, "parallel": parallel}))
+
+
+@pytest.mark.slow
+def test_a_run_begun_on_one_process_ends_on_two(tmp_path):
+    common = {"designs": DESIGNS, "checkpoints": str(tmp_path / "checkpoints")}
+    assert distributed_run.main({**common, "stop_at": 20}) == {}
+    ended = distributed_run.launch(2, tmp_path / "out", {**common, "parallel": "fsdp"})
+    assert_same(distributed_run.main({"designs": DESIGNS}), ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_the_usual_launchers_start_it(tmp_path, launcher):
+    out = tmp_path / "out.json"
+    command = [*launcher, distributed_run.__file__, str(out), json.dumps({"designs": ["paf"]})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(distributed_run.main({"designs": ["paf"]}), json.loads(Path(out).read_text()))
