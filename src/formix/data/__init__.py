@@ -12,6 +12,7 @@ from formix.data.folder import load_folder
 from formix.data.glue import load_glue
 from formix.data.hub import load_hub
 from formix.data.images import load_cifar, load_digits, load_fashion_mnist
+from formix.data.stream import load_stream
 from formix.data.text import load_stdlib, load_text
 
 __all__ = ["Batch", "BatchDataset", "Data", "collate", "list_data", "load_data"]
@@ -22,12 +23,13 @@ SOURCES: dict[str, tuple[Callable[[Request], Data], str]] = {
     "cifar10": (load_cifar, "60,000 photographs, 3 x 32 x 32, 10 classes; torchvision's download"),
     "cifar100": (load_cifar, "60,000 photographs, 3 x 32 x 32, 100 classes; torchvision's download"),
     "folder:PATH": (load_folder, "your pictures: a folder or .tar with train/CLASS and val/CLASS, or CLASS alone"),
+    "stream:PATH": (load_stream, "such a folder of any size: listed once to disk, decoded when read"),
     "stdlib": (load_stdlib, "language modelling on the sources of the running Python; no download"),
     "text:PATH": (load_text, "language modelling on your text: a file, several with commas, or a folder of *.txt"),
     "glue:DIR/TASK": (load_glue, "sentences in GLUE's official TSV layout; TASK is CoLA, SST-2, RTE or STS-B"),
     "hf:NAME": (load_hub, "images with labels, or text, through the datasets library; pip install formix[hf]"),
 }
-IMAGES = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
+IMAGES = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder", "stream")
 
 
 def list_data() -> dict[str, str]:

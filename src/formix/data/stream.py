@@ -1,0 +1,191 @@
+"""Image folders of any size: listed once into files on disk, read from there, decoded when an image is used.
+
+Nothing of the list is kept in memory but 8 bytes of label per image, so that folders of many millions of pictures can
+be shuffled, sharded and resumed exactly like small ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from formix.data.base import SPLITS, Data, Request
+from formix.data.folder import DEFAULT_SIZE, EncodedImage
+from formix.data.images import image_data
+
+SAMPLED = 256  # images whose sizes are looked at
+# the files of a split's N images: their names one after the other, where each begins [N + 1], and their labels [N]
+PARTS: dict[str, type] = {"names": np.uint8, "offsets": np.int64, "labels": np.int32}
+Index = dict[str, np.ndarray]
+
+
+class StreamedImages:
+    """Images [N, 3, H, W] behind an index on disk."""
+
+    def __init__(self, index: Index, rows: np.ndarray | None, root: Path, size: tuple[int, int]) -> None:
+        self.index, self.rows, self.root, self.size = index, rows, root, size
+        count = len(index["labels"]) if rows is None else len(rows)
+        self.shape = (count, 3, *size)
+
+    def file(self, index: int) -> EncodedImage:
+        row = index if self.rows is None else int(self.rows[index])
+        begin, end = self.index["offsets"][row : row + 2]
+        path = self.root / os.fsdecode(self.index["names"][begin:end].tobytes())
+        return EncodedImage(str(path), path.read_bytes)
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self.file(index).decode(self.size) for index in indices])
+
+
+def load_stream(request: Request) -> Data:
+    """`stream:PATH`, a folder with train/CLASS/* and val/CLASS/* (or test/), or CLASS/* alone.
+
+    Splits are those of `folder:PATH`; what is missing is held out of train by a hash of each file's name, so that no
+    list is needed for it. Images lie directly in their class's folder. The index goes to formix's cache
+    (`FORMIX_CACHE`, else ~/.cache/formix) and is made anew when a folder has changed. ValueError for a path that is no
+    such folder.
+    """
+    root = Path(request.argument)
+    splits, how = _folders(root)
+    names = _class_names(root / splits["train"])
+    index, digest = _index(root, splits, request)
+    rows = None
+    if request.limit is not None and request.limit < (count := len(index["train"]["labels"])):
+        rows = np.sort(np.random.default_rng(request.seed).permutation(count)[: request.limit])
+    size = (request.img_size, request.img_size) if request.img_size else _common_size(index["train"], root)
+    parts = []
+    for split in SPLITS:
+        kept = rows if split == "train" else None
+        labels = index[split]["labels"] if kept is None else index[split]["labels"][kept]
+        parts.append((StreamedImages(index[split], kept, root, size), torch.from_numpy(labels.astype(np.int64))))
+    data = image_data(
+        request.name,
+        parts,
+        names,
+        {
+            "source": request.argument,
+            "licence": "the user's own files",
+            "preprocessing": f"{how}; RGB, shorter side scaled and centre cut to {size[0]} x {size[1]}, when read",
+        },
+    )
+    data.provenance["sha256"] = digest  # of the names and labels; the pixels are not read for it
+    return data
+
+
+def _folders(root: Path) -> tuple[dict[str, str], str]:
+    """Where the splits that the folder names lie below it, always train, and which they are in words."""
+    if not root.is_dir():
+        raise ValueError(f"{str(root)!r} is no folder; give one that holds a folder per class.")
+    there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    if there and "train" not in there:
+        raise ValueError(f"{str(root)!r} has {' and '.join(there)} but no train to learn from; add it.")
+    if there == ["train", "val", "test"]:
+        return {"train": "train", "validation": "val", "test": "test"}, "train, val, test as named"
+    if there:
+        held = {"test": there[1]} if len(there) == 2 else {}
+        return {"train": "train", **held}, "train as named" + (f"; {there[1]} is the test set" if held else "")
+    return {"train": ""}, "a folder per class"
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) < 2:
+        raise ValueError(f"{str(folder)!r} has {len(names)} folders; at least two classes are needed, one folder each.")
+    return names
+
+
+def _index(root: Path, splits: dict[str, str], request: Request) -> tuple[dict[str, Index], str]:
+    """The index of every split, mapped from disk, and the hash of all of it."""
+    validation, test = request.fractions()
+    held = {"test": test, "validation": validation}
+    absent = {split: fraction for split, fraction in held.items() if split not in splits}
+    folders = [root / part / name for part in splits.values() for name in _class_names(root / part)]
+    state = [str(root.resolve()), absent, [(str(f.relative_to(root)), f.stat().st_mtime_ns) for f in folders]]
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("FORMIX_CACHE", Path.home() / ".cache" / "formix")) / "index"
+    if not (cache / key).is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=cache))
+        try:
+            _write(made, root, splits, absent)
+            made.rename(cache / key)
+        except OSError:
+            if not (cache / key).is_dir():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    index: dict[str, Index] = {
+        split: {part: np.memmap(cache / key / f"{split}.{part}", dtype, "r") for part, dtype in PARTS.items()}
+        for split in SPLITS
+    }
+    return index, (cache / key / "sha256").read_text()
+
+
+def _write(folder: Path, root: Path, splits: dict[str, str], absent: dict[str, float]) -> None:
+    """List the images once: train's go to an absent split by a hash of their path."""
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as files:
+        out = {
+            split: {part: files.enter_context((folder / f"{split}.{part}").open("wb")) for part in PARTS}
+            for split in SPLITS
+        }
+        ends = dict.fromkeys(SPLITS, 0)
+        for split in SPLITS:
+            out[split]["offsets"].write(np.int64(0).tobytes())
+        classes = {name: label for label, name in enumerate(_class_names(root / splits["train"]))}
+        for given, part in splits.items():
+            for path, label in _images(root, part, classes):
+                name = os.fsencode(path)
+                digest.update(name + b"\0")
+                split = _chosen(name, absent) if given == "train" else given
+                ends[split] += len(name)
+                out[split]["names"].write(name)
+                out[split]["offsets"].write(np.int64(ends[split]).tobytes())
+                out[split]["labels"].write(np.int32(label).tobytes())
+    for split in SPLITS:
+        if not ends[split]:
+            raise ValueError(
+                f"{str(root)!r} has no images for {split}; a class's folder holds them directly. Add images, or choose "
+                f"a larger {split}_fraction if they are held out of train."
+            )
+    (folder / "sha256").write_text(digest.hexdigest())
+
+
+def _images(root: Path, part: str, classes: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """(path below the root, label) of a split, class by class; only one class's names are in memory at a time."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    for name in _class_names(root / part):
+        if name not in classes:
+            raise ValueError(f"{str(root / part)!r} has the class {name!r}, which train lacks; rename or remove it.")
+        for entry in sorted(e.name for e in os.scandir(root / part / name)):
+            if entry.lower().endswith(IMG_EXTENSIONS) and not entry.startswith("."):
+                yield os.path.join(part, name, entry), classes[name]
+
+
+def _chosen(name: bytes, absent: dict[str, float]) -> str:
+    """The split of one of train's images: those absent take their fractions of the hashes in [0, 1)."""
+    place, end = int.from_bytes(hashlib.sha256(name).digest()[:4]) / 2**32, 0.0
+    for split, fraction in absent.items():
+        end += fraction
+        if place < end:
+            return split
+    return "train"
+
+
+def _common_size(index: Index, root: Path) -> tuple[int, int]:
+    """Height and width if the images of a sample agree, else the default square."""
+    count = len(index["labels"])
+    images = StreamedImages(index, None, root, (1, 1))
+    sizes = {images.file(row).open().size[::-1] for row in range(0, count, max(1, count // SAMPLED))}
+    return sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
