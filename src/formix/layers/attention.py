@@ -97,7 +97,9 @@ class Attention(nn.Module):
         """What goes into `proj`, [B, N, H D], from the packed projection `qkv` [B, N, 3 H D] of `x`; and the
         layer's own keys and values for the layers that read them."""
         b, n, _ = qkv.shape
-        q, k, v = qkv.view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+        # unbound where the gradients are stacked again: in the order of qkv, so that they are copied once and not twice
+        parts = qkv.view(b, n, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in parts)  # each [B, H, N, D]
         q, k = self.q_norm(q), self.k_norm(k)
         own = (k, v)
         if source_kv is not None and self.skip_heads:
