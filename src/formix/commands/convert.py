@@ -30,10 +30,18 @@ class ConvertConfig:
     checkpoint: str | None = None  # a file of weights for a timm name, in place of the published ones
     task: str | None = None  # transformers' class, such as BertForMaskedLM; None: the one that the config names
     model_args: dict[str, Any] = field(default_factory=dict)  # arguments for a timm name: {num_classes: 0}
+    recover: str | None = None  # data for recovery by distillation, as glue:DIR/TASK+text:PATH or folder:PATH
+    recovery: dict[str, Any] = field(default_factory=dict)  # its settings: {stages: "match:240s,align:900s", ...}
+    sts: str | None = None  # an STS-B file: Spearman correlation of mean-pooled sentence embeddings, at every step
+    probe: str | None = None  # labelled images: accuracy of a linear probe on the features, at every step
+    perplexity: str | None = None  # text:PATH for a decoder's perplexity, at every step
+    threads: int | None = None  # CPU threads; None: PyTorch's choice
 
 
 def convert(arguments: list[str]) -> int:
     """Convert a pretrained model to another design."""
+    import torch
+
     from formix import save
     from formix.conversion.carry import convert_model, plan_conversion
     from formix.conversion.load import load_source
@@ -48,11 +56,45 @@ def convert(arguments: list[str]) -> int:
     if config.dry_run:
         print(plan_conversion(source, config.design, **options))
         return 0
-    model = convert_model(source, config.design, **options)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.recover is None:
+        model = convert_model(source, config.design, **options)
+    else:
+        model = _recovered(source, config, options)
     save(model, str(config.out))
     copy_companions(Path(config.source), Path(str(config.out)))
     print(f"{config.out}: {model.conversion.plan['formula']}")
+    for step, values in model.conversion.metrics.items():
+        print(f"  {step:12}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
     return 0
+
+
+def _recovered(source: Any, config: ConvertConfig, options: dict[str, Any]) -> Any:
+    from formix.commands.progress import stage_progress
+    from formix.conversion.metrics import metrics_for
+    from formix.conversion.pipeline import Recovery, run
+
+    known = {f.name for f in dataclasses.fields(Recovery)} - {"data"}
+    if unknown := sorted(set(config.recovery) - known):
+        raise ValueError(f"recovery has {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
+    recovery = Recovery(data=str(config.recover), **config.recovery)
+    place = config.source if Path(config.source).is_dir() else None
+    metrics = metrics_for(
+        tokenizer=recovery.tokenizer or place,
+        sts=config.sts,
+        probe=config.probe,
+        perplexity=config.perplexity,
+        sequence_length=recovery.sequence_length,
+        img_size=recovery.img_size,
+    )
+    state = Path(str(config.out)) / "recovery"
+    with stage_progress() as show:
+        model = run(
+            source, config.design, recovery, **options, place=place, state=state, metrics=metrics, on_progress=show
+        )
+    shutil.rmtree(state, ignore_errors=True)
+    return model
 
 
 def copy_companions(source: Path, out: Path) -> None:

@@ -1,0 +1,39 @@
+"""What a conversion is judged by: formix.evaluation's measures of a pretrained model, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from formix.data import load_data
+
+
+def metrics_for(
+    *,
+    tokenizer: str | Path | None = None,
+    sts: str | None = None,
+    probe: str | None = None,
+    perplexity: str | None = None,
+    sequence_length: int = 128,
+    img_size: int | None = None,
+) -> dict[str, Callable[[nn.Module], float]]:
+    """name -> measure of a model; those whose data were not named are left out."""
+    from formix import evaluation
+
+    metrics: dict[str, Callable[[nn.Module], float]] = {}
+    if sts is not None:
+        from transformers import AutoTokenizer
+
+        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        metrics["sts_spearman"] = lambda model: evaluation.sts_spearman(model, words, sts)
+    for place in probe.split("+") if probe else ():
+        images = load_data(place, img_size=img_size)
+        metrics[f"probe {Path(place.partition(':')[2]).stem or place}"] = lambda model, data=images: (  # type: ignore[misc]
+            evaluation.linear_probe(model, data)
+        )
+    if perplexity is not None:
+        text = load_data(perplexity, tokenizer=str(tokenizer), sequence_length=sequence_length)
+        metrics["perplexity"] = lambda model: evaluation.perplexity(model, text, "validation")
+    return metrics

@@ -1,0 +1,202 @@
+"""A source, a design and data: conversion, calibration, recovery and the record of all three."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from formix.conversion.calibrate import calibrate
+from formix.conversion.carry import convert_model
+from formix.conversion.recover import STAGES, Stage, recover
+from formix.conversion.sentences import load_sentences
+from formix.data import Data, collate, load_data
+from formix.data.base import SPLITS
+
+Metric = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How the accuracy of a converted model is won back."""
+
+    data: str  # glue:DIR/TASK, text:PATH, folder:PATH, ...; sentences of several places joined by '+'
+    # name:budget[:learning rate] with commas; budgets end in s (seconds), steps or epochs
+    stages: str = "match:240s:5e-4,align:900s:3e-4"
+    calibration: int = 8  # batches from which a gain per head is fitted before; 0: none
+    labelled: bool = False  # learn from the labels too, in the task stage
+    tokenizer: str | None = None  # a transformers directory; None: the source's own
+    sequence_length: int = 64  # most tokens of a sentence, or a decoder's window
+    batch_size: int = 32  # images or windows per step
+    batch_tokens: int = 4096  # of sentences per step, padding included
+    img_size: int | None = None  # side that images are scaled to; None: the model's
+    held_out: float = 0.01  # share of the sentences on which stages are stopped
+    limit: int | None = None  # most samples
+    evaluations: int = 8  # of a stage, on the held-out part
+    patience: int = 3  # evaluations without an improvement before a stage ends
+    precision: str = "auto"  # autocast; auto: bfloat16 where it is fast
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.calibration < 0 or self.batch_size < 1 or self.batch_tokens < 1:
+            raise ValueError(
+                f"calibration is {self.calibration}, batch_size {self.batch_size} and batch_tokens "
+                f"{self.batch_tokens}; they must be at least 0, 1 and 1."
+            )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; it must be between 0 and 1.")
+        parse_stages(self.stages)
+
+
+def parse_stages(text: str) -> list[tuple[str, float, str, float]]:
+    """ "match:240s:5e-4,align:2epochs" as (name, number, unit, learning rate)."""
+    parsed = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\w+):([\d.]+)(s|steps|epochs)(?::([\d.e+-]+))?", item)
+        if not match or match[1] not in STAGES or float(match[2]) <= 0:
+            raise ValueError(
+                f"{item!r} is no stage; write NAME:BUDGET or NAME:BUDGET:LEARNING_RATE, the name one of "
+                f"{', '.join(STAGES)} and the budget such as 300s, 1000steps or 2epochs."
+            )
+        parsed.append((match[1], float(match[2]), match[3], float(match[4] or Stage.lr)))
+    return parsed
+
+
+def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None = None) -> tuple[Data, int]:
+    """The data in the form that the model reads, and the samples per step.
+
+    Raises:
+        ValueError: words, channels or image sizes that the model does not have.
+    """
+    if not hasattr(model, "config"):
+        return _images(model, recovery), recovery.batch_size
+    place = recovery.tokenizer or source
+    if place is None:
+        raise ValueError("tokenizer is missing; name the directory of the model's own.")
+    if model.can_generate():
+        data = load_data(
+            recovery.data,
+            tokenizer=str(place),
+            sequence_length=recovery.sequence_length,
+            seed=recovery.seed,
+            limit=recovery.limit,
+        )
+        if (data.vocab_size or 0) > model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {data.vocab_size} tokens and the model {model.config.vocab_size}; recovery needs "
+                "the model's own."
+            )
+        return data, recovery.batch_size
+    if recovery.labelled:
+        data = load_data(
+            recovery.data,
+            tokenizer=str(place),
+            sequence_length=recovery.sequence_length,
+            seed=recovery.seed,
+            limit=recovery.limit,
+        )
+        return data, recovery.batch_size
+    from transformers import AutoTokenizer
+
+    data = load_sentences(
+        recovery.data,
+        AutoTokenizer.from_pretrained(place, local_files_only=True),
+        vocab_size=model.config.vocab_size,
+        tokens=recovery.batch_tokens,
+        longest=recovery.sequence_length,
+        held_out=recovery.held_out,
+        seed=recovery.seed,
+        limit=recovery.limit,
+    )
+    return data, 1
+
+
+def _images(model: Any, recovery: Recovery) -> Data:
+    own = model.img_size() if callable(getattr(model, "img_size", None)) else tuple(model.patch_embed.img_size)
+    size = recovery.img_size or own[0]
+    patch = model.patch_embed.patch_size
+    patch = patch if isinstance(patch, int) else patch[0]
+    if not getattr(model, "dynamic_img_size", False) and (size, size) != tuple(own):
+        raise ValueError(f"img_size is {size}; this model reads images of {own[0]} x {own[1]} alone.")
+    if size % patch:
+        raise ValueError(f"img_size is {size}; it must be a multiple of the model's patch, {patch}.")
+    data = load_data(recovery.data, img_size=size, seed=recovery.seed, limit=recovery.limit)
+    if data.task != "image-classification":
+        raise ValueError(f"{recovery.data!r} is text, and the model reads images.")
+    cfg = dict(model.pretrained_cfg)
+    splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
+    return dataclasses.replace(data, **splits, in_chans=len(cfg["mean"]))
+
+
+def run(
+    source: nn.Module,
+    design: str,
+    recovery: Recovery,
+    *,
+    layers: str | None = None,
+    keep: str | None = None,
+    place: str | Path | None = None,
+    state: str | Path | None = None,
+    metrics: dict[str, Metric] | None = None,
+    on_progress: Callable[[str, float], None] | None = None,
+) -> Any:
+    """Convert, calibrate and recover; the result's record has what every step cost and won.
+
+    Args:
+        place: where the source was loaded from, for its tokenizer.
+        state: a directory for what a killed run needs to go on.
+        metrics: measured of the source, and of the model after conversion, calibration and every stage.
+    """
+    teacher = convert_model(source, "softmax")
+    model = convert_model(source, design, layers=layers, keep=keep)
+    data, batch_size = load_recovery_data(model, recovery, place)
+    measured = metrics or {}
+
+    def measure(current: nn.Module) -> dict[str, float]:
+        return {name: metric(current) for name, metric in measured.items()}
+
+    conversion = model.conversion
+    conversion.metrics = {"source": measure(teacher), "converted": measure(model)}
+    if recovery.calibration:
+        batches = DataLoader(data.train, batch_size=batch_size, collate_fn=collate, shuffle=True)
+        calibrate(model, teacher, itertools.islice(batches, recovery.calibration))
+        conversion.metrics["calibrated"] = measure(model)
+    records = recover(
+        model,
+        teacher,
+        data,
+        _stages(recovery, math.ceil(len(data.train) / batch_size), batch_size),
+        labelled=recovery.labelled,
+        state=state,
+        seed=recovery.seed,
+        metric=measure if measured else None,
+        on_progress=on_progress,
+    )
+    for record in records:
+        if record["trained"] and "metric" in record:
+            conversion.metrics[record["stage"]] = record["metric"]
+    return model
+
+
+def _stages(recovery: Recovery, steps_per_epoch: int, batch_size: int) -> list[Stage]:
+    return [
+        Stage(
+            name=name,
+            lr=lr,
+            seconds=number if unit == "s" else None,
+            epochs={"s": None, "steps": number / steps_per_epoch, "epochs": number}[unit],
+            batch_size=batch_size,
+            evaluations=recovery.evaluations,
+            patience=recovery.patience,
+            precision=recovery.precision,
+        )
+        for name, number, unit, lr in parse_stages(recovery.stages)
+    ]

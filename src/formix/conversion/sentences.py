@@ -1,0 +1,128 @@
+"""Unlabelled sentences for recovery, in batches of like length."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from formix.data import Batch, BatchDataset, Data
+from formix.data.glue import TASKS
+from formix.data.text import SUFFIXES
+
+MAX_SENTENCES = 256  # in a batch
+
+
+class Sentences(BatchDataset):
+    """Batches of sentences of nearly one length: index i is the i-th batch, not the i-th sentence.
+
+    Sentences are sorted by length and cut into batches of at most `tokens` tokens, padding included, so that little of
+    a batch is padding; the sampler's order is over batches.
+    """
+
+    def __init__(self, ids: Sequence[list[int]], *, pad: int, tokens: int, seed: int) -> None:
+        order = list(range(len(ids)))
+        random.Random(seed).shuffle(order)  # sentences of one length, in no order of theirs
+        order.sort(key=lambda i: len(ids[i]))
+        self.pad, self.batches = pad, []
+        batch: list[list[int]] = []
+        for i in order:
+            longest = len(ids[i])
+            if batch and (longest * (len(batch) + 1) > tokens or len(batch) == MAX_SENTENCES):
+                self.batches.append(batch)
+                batch = []
+            batch.append(ids[i])
+        if batch:
+            self.batches.append(batch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        rows = [row for index in indices for row in self.batches[index]]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.pad)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask: Tensor = (torch.arange(longest) < lengths[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(len(rows))}
+
+
+def load_sentences(
+    name: str,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    tokens: int,
+    longest: int,
+    held_out: float,
+    seed: int,
+    limit: int | None = None,
+) -> Data:
+    """Sentences from one or several places joined by '+': ``glue:DIR/TASK`` (its train.tsv, labels unread) or
+    ``text:PATH`` (a file or folder; lines are divided into sentences).
+
+    Raises:
+        ValueError: no such place, no sentence in it, or a tokenizer with more words than the model.
+    """
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model {vocab_size}; recovery needs the model's own."
+        )
+    texts: list[str] = []
+    for place in name.split("+"):
+        texts += _read(place)
+    texts = list(dict.fromkeys(text for text in texts if text.strip()))
+    if len(texts) < 10:
+        raise ValueError(f"{name!r} has {len(texts)} sentences; recovery needs 10 or more.")
+    ids = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+    random.Random(seed).shuffle(ids)
+    ids = ids[:limit]
+    held = max(1, round(held_out * len(ids)))
+    pad = tokenizer.pad_token_id or 0
+    sets = [Sentences(part, pad=pad, tokens=tokens, seed=seed) for part in (ids[held:], ids[:held])]
+    return Data(
+        name=name,
+        task="sequence-regression",
+        train=sets[0],
+        validation=sets[1],
+        test=sets[1],
+        metric="spearman",
+        higher_is_better=True,
+        chance=0.0,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        provenance={
+            "source": name,
+            "counts": {"train": len(ids) - held, "held out": held},
+            "preprocessing": f"sentences once each, cut at {longest} tokens, batches of up to {tokens} tokens",
+            "sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+        },
+    )
+
+
+def _read(place: str) -> list[str]:
+    kind, _, argument = place.partition(":")
+    path = Path(argument)
+    if kind == "glue" and path.name in TASKS:
+        file, task = path / "train.tsv", TASKS[path.name]
+        if not file.is_file():
+            raise ValueError(f"{str(file)!r} does not exist; a GLUE task is a folder with train.tsv.")
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        header = rows.pop(0) if task.header else [str(n) for n in range(4)]
+        columns = [header.index(column) for column in task.columns]
+        return [row[c] for row in rows for c in columns if len(row) == len(header)]
+    if kind == "text" and (path.is_file() or path.is_dir()):
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        lines_of = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+        return [part for line in lines_of for part in re.split(r"(?<=[.!?]) ", line.strip()) if len(part.split()) > 3]
+    raise ValueError(f"{place!r} has no sentences; give glue:DIR/TASK or text:PATH, several joined by '+'.")

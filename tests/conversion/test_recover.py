@@ -1,0 +1,218 @@
+"""Calibration and recovery, on small random models: closed forms, stages, resuming, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from sources import GPT2, TEXT, inputs, make, run
+
+import formix
+from formix.conversion.calibrate import calibrate
+from formix.conversion.objectives import Distillation
+from formix.conversion.pipeline import Recovery, load_recovery_data, parse_stages
+from formix.conversion.recover import Stage, recover
+from formix.conversion.roles import layers, weight_in_out
+from formix.conversion.sentences import Sentences
+from formix.conversion.taps import answer, tapped
+from formix.data import Data
+
+STAGES = [Stage(name="match", epochs=6, lr=3e-3, evaluations=2), Stage(name="align", epochs=4, lr=1e-3, evaluations=2)]
+
+
+def sentences(count: int = 60) -> Data:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 60, (3 + i % 7,), generator=generator).tolist() for i in range(count)]
+    train, held = (Sentences(part, pad=0, tokens=64, seed=0) for part in (ids[10:], ids[:10]))
+    return Data(
+        name="made up", task="sequence-regression", train=train, validation=held, test=held, metric="spearman",
+        higher_is_better=True, chance=0.0, provenance={"source": "made up"},
+    )  # fmt: skip
+
+
+def pair(design: str, name: str = "bert-features") -> tuple:
+    source = make(name).float()
+    return formix.convert(source, "softmax"), formix.convert(source, design)
+
+
+def test_batches_of_sentences_waste_little_and_lose_none() -> None:
+    data = sentences()
+    rows = [row for i in range(len(data.train)) for row in data.train.batches[i]]
+    assert len(rows) == 50
+    for i in range(len(data.train)):
+        batch = data.train.__getitems__([i])
+        assert batch["input_ids"].numel() <= 64
+        assert batch["attention_mask"].sum(1).min() >= batch["attention_mask"].shape[1] - 2
+        assert bool((batch["input_ids"][batch["attention_mask"] == 0] == 0).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3", "vit", "xcit"])
+def test_calibration_solves_the_least_squares_of_the_heads(name: str) -> None:
+    source = make(name)
+    teacher = formix.convert(source, "softmax")
+    model = formix.convert(source, "relu")
+    batch = inputs(source)
+    before = [weight_in_out(layer.out).clone() for layer in layers(model)]
+    record = calibrate(model, teacher, [batch])
+    for i, (layer, theirs) in enumerate(zip(layers(model), layers(teacher), strict=True)):
+        with tapped(layers(teacher)) as flow:
+            answer(teacher, batch)
+        with tapped(layers(model), forced=flow.inputs) as own:
+            answer(model, batch)
+        row = record["layers"][i]
+        error = (own.branches[i] - flow.branches[i]).square().sum()
+        bias = 0 if theirs.out.bias is None else theirs.out.bias
+        target = flow.branches[i] - bias
+        assert row["error_after"] == pytest.approx(float(error / target.square().sum()), rel=1e-6)
+        assert row["error_after"] <= row["error_before"]
+        heads = before[i].unflatten(0, (layer.heads, -1))  # [H, D, C]
+        mixed = own.mixed[i].unflatten(-1, (layer.heads, -1))
+        parts = torch.einsum("bnhd,hdc->bnch", mixed, heads).flatten(0, 2)
+        alive = parts.square().sum(0) > 0  # relu may leave nothing of a head; its gain stays 1
+        best = torch.linalg.lstsq(parts[:, alive], target.flatten()[:, None]).solution[:, 0]
+        left = (parts[:, alive] @ best - target.flatten()).square().sum() / target.square().sum()
+        assert row["error_after"] == pytest.approx(float(left), rel=1e-3)
+        assert all(row["gains"][head] == pytest.approx(1) for head in (~alive).nonzero())
+
+
+def test_calibration_is_undone_on_the_way_back() -> None:
+    source = make("bert")
+    model = formix.convert(source, "relu")
+    calibrate(model, formix.convert(source, "softmax"), [inputs(source)])
+    back = formix.convert(model, "softmax")
+    torch.testing.assert_close(run(back, inputs(source)), run(source, inputs(source)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_the_source_itself_has_nothing_to_recover(name: str) -> None:
+    source = make(name).float()
+    teacher, same = formix.convert(source, "softmax"), formix.convert(source, "softmax")
+    given = {k: v.float() if v.is_floating_point() else v for k, v in inputs(source).items()}
+    distillation = Distillation(teacher, same, sentences(), labelled=False)
+    distillation.changed = [(True, True)] * len(distillation.layers)
+    for loss in (distillation.match, distillation.align, distillation.task):
+        assert float(loss(same, given)) == pytest.approx(0, abs=1e-4)
+
+
+def test_matching_trains_every_layer_on_the_teachers_input_alone() -> None:
+    teacher, model = pair("relu")
+    distillation = Distillation(teacher, model, sentences(), labelled=False)
+    batch = sentences().train.__getitems__([0])
+    first = layers(model)[0]
+    before = distillation.match(model, batch)
+    with torch.no_grad():
+        first.ffn_out.weight.mul_(5.0)  # the second layer would read something else
+    torch.testing.assert_close(distillation.match(model, batch), before)
+
+
+@pytest.mark.parametrize("design", ["relu", "paf", "relu+skip", "sima"])
+def test_recovery_brings_a_model_nearer_to_its_source(design: str) -> None:
+    teacher, model = pair(design)
+    records = recover(model, teacher, sentences(), STAGES)
+    assert [r["stage"] for r in records] == ["match", "align"]
+    for record in records:
+        assert record["held_out_after"] < record["held_out_before"]
+    assert [s["stage"] for s in model.conversion.stages] == ["match", "align"]
+
+
+def test_a_killed_recovery_goes_on(tmp_path) -> None:
+    teacher, whole = pair("relu")
+    recover(whole, teacher, sentences(), STAGES, state=tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(stage: str, share: float) -> None:
+        if stage == "align" and share > 0.6:
+            raise KilledError
+
+    _, model = pair("relu")
+    with pytest.raises(KilledError):
+        recover(model, teacher, sentences(), STAGES, state=tmp_path / "cut", on_progress=kill)
+    _, fresh = pair("relu")
+    stages: list[str] = []
+    recover(fresh, teacher, sentences(), STAGES, state=tmp_path / "cut", on_progress=lambda s, _: stages.append(s))
+    assert set(stages) == {"align"}
+    for name, tensor in fresh.state_dict().items():
+        torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="other stages"):
+        recover(fresh, teacher, sentences(), STAGES[:1], state=tmp_path / "cut")
+
+
+def test_a_stage_without_improvement_ends_early() -> None:
+    teacher, model = pair("relu")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    hopeless = Stage(name="align", epochs=20, lr=1.0, evaluations=20, patience=2)
+    record = recover(model, teacher, sentences(), [hopeless])[0]
+    assert record["stopped_early"]
+    assert len(record["held_out"]) < 20
+    if record["held_out_after"] == record["held_out_before"]:  # the best of its weights were the first
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_stages_are_read_and_refused() -> None:
+    assert parse_stages("match:240s:5e-4,align:2epochs") == [
+        ("match", 240.0, "s", 5e-4),
+        ("align", 2.0, "epochs", 5e-4),
+    ]
+    for text in ("match", "warm:3s", "match:0s", "align:3h"):
+        with pytest.raises(ValueError, match="is no stage"):
+            Recovery(data="x", stages=text)
+
+
+def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
+    words = hf.BertTokenizer(
+        vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(90))])}
+    )
+    words.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the model's own"):
+        load_recovery_data(formix.convert(make("bert"), "relu"), Recovery(data="text:x"), tmp_path)
+    with pytest.raises(ValueError, match="32 x 32"):
+        load_recovery_data(formix.convert(make("vit"), "relu"), Recovery(data="digits", img_size=64))
+    with pytest.raises(ValueError, match="multiple"):
+        load_recovery_data(formix.convert(make("hf-dinov2"), "relu"), Recovery(data="digits", img_size=30))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_the_command_recovers(kind: str, tmp_path) -> None:
+    from formix.cli import main
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"the number {i} comes after {i - 1} . it is not {i + 1} at all ." for i in range(200)))
+    names = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "number",
+        "comes",
+        "after",
+        "it",
+        "is",
+        "not",
+        "at",
+        "all",
+        ".",
+    ]
+    words = hf.BertTokenizer(vocab={w: i for i, w in enumerate(dict.fromkeys(names))})
+    encoder = kind == "encoder"
+    source = hf.BertModel(hf.BertConfig(**TEXT)) if encoder else hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2))
+    source.save_pretrained(tmp_path / "source")
+    words.save_pretrained(tmp_path / "source")
+    recovery = {"stages": "match:3steps,align:3steps" + ("" if encoder else ",task:3steps"), "batch_tokens": 256,
+                "sequence_length": 16, "calibration": 1, "evaluations": 1}  # fmt: skip
+    flags = [f"--recovery={json.dumps(recovery)}", f"--recover=text:{text}", f"--out={tmp_path / 'out'}"]
+    flags += [] if encoder else [f"--perplexity=text:{text}"]
+    assert main(["convert", str(tmp_path / "source"), "--design=relu+parallel", *flags]) == 0
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert [s["stage"] for s in record["stages"]] == ["calibrate", "match", "align"] + ([] if encoder else ["task"])
+    assert record["data"][0]["sha256"]
+    assert not (tmp_path / "out" / "recovery").exists()
+    if not encoder:
+        assert list(record["metrics"]) == ["source", "converted", "calibrated", "match", "align", "task"]
+    assert formix.load(tmp_path / "out").config.design["layout"]["parallel"]
