@@ -5,6 +5,7 @@ import functools
 import itertools
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,32 @@ def test_class_block_doubles_patch_tokens_officially_and_not_otherwise():
     assert torch.equal(clean(x)[:, 1:], x[:, 1:])
     assert clean.attn.eps == 1e-12
     assert block.attn.eps == 1e-6
+
+
+@pytest.mark.parametrize("name", timm.list_models("xcit_*"))
+def test_every_xcit_name_of_timm_s(name):
+    """The shapes are those of timm's model, but for the temperatures and the packed class attention."""
+    with torch.device("meta"):
+        theirs = timm.create_model(name, depth=1).state_dict()
+        model = formix.create_model(name, design="sima", depth=1)
+    theirs = model.adapt_checkpoint(dict(theirs))
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", timm.list_models(["vit_*", "deit*"]))
+def test_vit_and_deit_names_of_timm_s_are_built_or_refused_with_the_reason(name):
+    with torch.device("meta"):
+        try:
+            model, refusal = formix.create_model(name, design="sima", depth=1), ""
+            theirs = timm.create_model(name, depth=1).state_dict()
+        except ValueError as error:
+            model, theirs, refusal = None, {}, str(error)
+    if model is None:
+        assert re.search(r"is a \w+; formix knows|has blocks of its own|one entry per block", refusal)
+    else:
+        assert model.blocks[0].attn.mixer.kind == "sima"
+        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.items()}
 
 
 def test_initialisation_and_stochastic_depth():
