@@ -53,6 +53,8 @@ def _loaded() -> ctypes.CDLL | UnavailableError:
 
 
 def _path() -> Path | None:
+    if given := os.environ.get("FORMIX_NATIVE"):  # another build, for example with sanitizers
+        return Path(given)
     # an editable install keeps the library beside its own record of the package, not in the source tree
     for directory in sys.modules["formix"].__path__:
         path = Path(directory) / NAME

@@ -35,7 +35,8 @@ class Implementation:
 
 
 def native_module() -> ModuleType | None:
-    """`formix.ops.native`, or None where this installation has no CPU kernels or FORMIX_NATIVE=0 turns them off."""
+    """`formix.ops.native`, or None where this installation has no CPU kernels or FORMIX_NATIVE=0 turns them off.
+    (FORMIX_NATIVE may also name another build of the library.)"""
     return _NATIVE
 
 
