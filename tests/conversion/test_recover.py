@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+import yaml
 from sources import GPT2, TEXT, inputs, make, run
 
 import formix
+from formix.commands.convert import _config
 from formix.conversion.calibrate import calibrate
 from formix.conversion.objectives import Distillation
 from formix.conversion.pipeline import Recovery, load_recovery_data, parse_stages
@@ -19,6 +22,7 @@ from formix.conversion.sentences import Sentences
 from formix.conversion.taps import answer, tapped
 from formix.data import Data
 
+STUDIES = Path(__file__).resolve().parents[2] / "studies" / "conversion"
 STAGES = [Stage(name="match", epochs=6, lr=3e-3, evaluations=2), Stage(name="align", epochs=4, lr=1e-3, evaluations=2)]
 
 
@@ -207,7 +211,7 @@ def test_the_command_recovers(kind: str, tmp_path) -> None:
     recovery = {"stages": "match:3steps,align:3steps" + ("" if encoder else ",task:3steps"), "batch_tokens": 256,
                 "sequence_length": 16, "calibration": 1, "evaluations": 1}  # fmt: skip
     flags = [f"--recovery={json.dumps(recovery)}", f"--recover=text:{text}", f"--out={tmp_path / 'out'}"]
-    flags += [] if encoder else [f"--perplexity=text:{text}"]
+    flags += [] if encoder else [f"--perplexity=text:{text}", f"--record={tmp_path / 'records'}"]
     assert main(["convert", str(tmp_path / "source"), "--design=relu+parallel", *flags]) == 0
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert [s["stage"] for s in record["stages"]] == ["calibrate", "match", "align"] + ([] if encoder else ["task"])
@@ -215,4 +219,47 @@ def test_the_command_recovers(kind: str, tmp_path) -> None:
     assert not (tmp_path / "out" / "recovery").exists()
     if not encoder:
         assert list(record["metrics"]) == ["source", "converted", "calibrated", "match", "align", "task"]
+        values = [record["metrics"][step]["perplexity"] for step in ("source", "converted", "calibrated", "task")]
+        table = (tmp_path / "records" / "README.md").read_text()
+        assert " | ".join(f"{v:.4f}" for v in values) in table
+        assert f"{values[-1] - values[0]:+.4f}" in table
     assert formix.load(tmp_path / "out").config.design["layout"]["parallel"]
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_conversion_are_understood(study: Path) -> None:
+    if "source" not in yaml.safe_load(study.read_text()):
+        pytest.skip("a study of training, run with the others of its kind")
+    name, config = _config([str(study), "--source=elsewhere"])
+    assert (name, config.source) == (study.stem, "elsewhere")
+    assert parse_stages(Recovery(data=str(config.recover), **config.recovery).stages)
+    for design in config.design.split(","):
+        formix.design(design)
+
+
+def test_a_study_runs_all_its_designs(tmp_path) -> None:
+    from formix.cli import main
+
+    words = hf.BertTokenizer(
+        vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"])}
+    )
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(tmp_path / "source")
+    words.save_pretrained(tmp_path / "source")
+    letters = "abcdefgh"
+    rows = [
+        f"{' '.join(letters[i % 3 : i % 5 + 3])}\t{' '.join(letters[i % 2 : i % 7 + 2])}\t{i % 6}" for i in range(40)
+    ]
+    (tmp_path / "STS-B").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "STS-B" / f"{split}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
+    recovery = {"stages": "match:1steps,align:1steps", "calibration": 1, "evaluations": 1, "held_out": 0.2}
+    flags = [
+        f"--source={tmp_path / 'source'}", f"--recover=glue:{tmp_path / 'STS-B'}", f"--out={tmp_path / 'out'}",
+        f"--sts={tmp_path / 'STS-B' / 'dev.tsv'}", f"--record={tmp_path / 'records'}", "--threads=1",
+        f"--recovery={json.dumps(recovery)}",
+    ]  # fmt: skip
+    assert main(["convert", str(STUDIES / "minilm.yaml"), *flags]) == 0
+    table = (tmp_path / "records" / "README.md").read_text()
+    for design in ("relu", "paf", "sima", "relu+paf"):
+        assert f"| minilm | {design} | sts_spearman |" in table
+        assert (tmp_path / "out" / design / "conversion.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from dataclasses import field
 from pathlib import Path
@@ -22,7 +23,7 @@ class ConvertConfig:
     """A pretrained model with its blocks in another design."""
 
     source: str  # a directory (timm, transformers, formix), a timm name or a transformers id
-    design: str  # a design's name or combination
+    design: str  # a design's name or combination; several with commas, each to a directory of its own in out
     out: str | None = None  # the directory of the result
     dry_run: bool = False  # print the plan and write nothing
     layers: str | None = None  # layers to convert, as 0,2,4-7; None: all
@@ -36,38 +37,62 @@ class ConvertConfig:
     probe: str | None = None  # labelled images: accuracy of a linear probe on the features, at every step
     perplexity: str | None = None  # text:PATH for a decoder's perplexity, at every step
     threads: int | None = None  # CPU threads; None: PyTorch's choice
+    record: str | None = None  # a directory for the records of studies and the table over them
 
 
 def convert(arguments: list[str]) -> int:
     """Convert a pretrained model to another design."""
     import torch
 
-    from formix import save
-    from formix.conversion.carry import convert_model, plan_conversion
+    from formix.conversion.carry import plan_conversion
     from formix.conversion.load import load_source
 
-    given = [f"--source={arguments[0]}", *arguments[1:]] if arguments and arguments[0][:1] != "-" else arguments
-    given = ["--dry_run=true" if flag in ("--dry-run", "--dry_run") else flag for flag in given]
-    config = parse(ConvertConfig, "convert", given)
+    study, config = _config(arguments)
     if config.out is None and not config.dry_run:
         raise ValueError("out is missing; give --out=DIR, or --dry-run to see the plan.")
-    source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
-    options = {"layers": config.layers, "keep": config.keep}
-    if config.dry_run:
-        print(plan_conversion(source, config.design, **options))
-        return 0
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    designs = [name.strip() for name in re.split(r",(?![^(]*\))", config.design) if name.strip()]
+    source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
+    for design in designs:
+        if config.dry_run:
+            print(plan_conversion(source, design, layers=config.layers, keep=config.keep))
+            continue
+        place = Path(str(config.out)) / design if len(designs) > 1 else Path(str(config.out))
+        _convert(source, dataclasses.replace(config, design=design, out=str(place)), study)
+    return 0
+
+
+def _config(arguments: list[str]) -> tuple[str, ConvertConfig]:
+    """The name of the study and what it asks for; the first argument may be a source or a study's YAML."""
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    flags = arguments if first is None else arguments[1:]
+    flags = ["--dry_run=true" if flag in ("--dry-run", "--dry_run") else flag for flag in flags]
+    if first is not None and first.endswith((".yaml", ".yml")):
+        if not Path(first).is_file():
+            raise ValueError(f"{first} is no file; give a study's YAML.")
+        return Path(first).stem, parse(ConvertConfig, "convert", ["--config", first, *flags])
+    config = parse(ConvertConfig, "convert", flags if first is None else [f"--source={first}", *flags])
+    return Path(config.source).name, config
+
+
+def _convert(source: Any, config: ConvertConfig, study: str) -> None:
+    from formix import save
+    from formix.conversion.carry import convert_model
+    from formix.conversion.summary import write_record
+
+    options = {"layers": config.layers, "keep": config.keep}
     if config.recover is None:
         model = convert_model(source, config.design, **options)
     else:
         model = _recovered(source, config, options)
     save(model, str(config.out))
     copy_companions(Path(config.source), Path(str(config.out)))
+    if config.record is not None:
+        write_record(model.conversion, Path(config.record), study, config.design)
     print(f"{config.out}: {model.conversion.plan['formula']}")
     for step, values in model.conversion.metrics.items():
         print(f"  {step:12}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
-    return 0
 
 
 def _recovered(source: Any, config: ConvertConfig, options: dict[str, Any]) -> Any:

@@ -35,5 +35,5 @@ def metrics_for(
         )
     if perplexity is not None:
         text = load_data(perplexity, tokenizer=str(tokenizer), sequence_length=sequence_length)
-        metrics["perplexity"] = lambda model: evaluation.perplexity(model, text, "validation")
+        metrics["perplexity"] = lambda model: evaluation.perplexity(model, text)
     return metrics

@@ -1,0 +1,57 @@
+"""Records of conversions in one directory, and the table over them: what docs/results/conversion holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from formix.conversion.record import Conversion
+from formix.environment import capture_environment
+from formix.records import plain, write_atomically
+
+HEAD = "| study | design | measure | source | converted | calibrated | recovered | change | recovery |"
+
+
+def write_record(conversion: Conversion, directory: Path, study: str, design: str) -> None:
+    """Keep a conversion's record, without its weight map, and make the directory's README.md anew."""
+    record = conversion.to_dict()
+    del record["mapping"]
+    record["source"] = {k: v for k, v in record["source"].items() if k != "config"}
+    record["plan"] = {k: v for k, v in record["plan"].items() if k != "kept"}
+    record |= {"study": study, "design": design, "environment": plain(capture_environment())}
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{study}-{''.join(c if c.isalnum() or c in '+-' else '_' for c in design)}.json"
+    write_atomically(file, json.dumps(record, indent=1, default=str) + "\n")
+    write_atomically(directory / "README.md", summary(directory))
+
+
+def summary(directory: Path) -> str:
+    """The table over all records in a directory."""
+    rows = []
+    for path in sorted(directory.glob("*.json")):
+        record = json.loads(path.read_text())
+        rows += _rows(record)
+    lines = ["# Pretrained models, in other designs", "", HEAD, "|---" * 2 + "|---" + "|---:" * 6 + "|", *rows, ""]
+    lines += [
+        "converted: weights carried over, nothing fitted; calibrated: one gain per head in closed form;",
+        "recovered: after the last stage of distillation.",
+        "`formix convert STUDY.yaml --record=DIR` writes a record and this table.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(record: dict[str, Any]) -> list[str]:
+    metrics = record["metrics"]
+    if not metrics:
+        return []
+    stages = [s for s in record["stages"] if s.get("trained")]
+    seconds = sum(s["seconds"] for s in stages)
+    last: dict[str, float] = next((metrics[s["stage"]] for s in reversed(stages) if s["stage"] in metrics), {})
+    rows = []
+    for name, source in metrics["source"].items():
+        cells = [metrics.get(step, {}).get(name) for step in ("converted", "calibrated")] + [last.get(name)]
+        change = "" if cells[-1] is None else f"{cells[-1] - source:+.4f}"
+        values = " | ".join("" if v is None else f"{v:.4f}" for v in (source, *cells))
+        rows.append(f"| {record['study']} | {record['design']} | {name} | {values} | {change} | {seconds:.0f} s |")
+    return rows
