@@ -229,6 +229,8 @@ class Wiring:
                 raise ValueError(f"source is {self.source!r}, but with {depth} layers none comes after layer {first}.")
             return tuple(first if layer > first else None for layer in range(depth))
         count, distance = (depth, first) if name == "distance" else (first, second)
+        if depth == 1:
+            raise ValueError(f"source is {self.source!r}, but a model of 1 layer has no earlier layer to read.")
         if not 1 <= distance < depth:
             raise ValueError(f"source is {self.source!r}; with {depth} layers the distance must be 1 to {depth - 1}.")
         if not 1 <= count <= depth:
@@ -400,7 +402,7 @@ class Design:
     def from_json(cls, text: str) -> Design:
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"This is not a design in JSON: {error}.") from None
 
     def describe(self) -> str:
@@ -490,7 +492,8 @@ def design(name: str | Design | Mapping[str, Any], **options: Any) -> Design:
         name: a name of `list_designs()`, several joined by '+' (``"relu+paf+skip"``), each with options in
             parentheses if wanted (``"relu(length_exponent=0.5)+paf"``), a `Design`, or one as plain data.
         **options: fields of the mixer (``length_exponent=0.5``), the layout (``norm="pre"``), the wiring
-            (``source="distance(2)"``, ``heads=3``) or the design (``official=True``, ``layers={0: Softmax()}``).
+            (``source="distance(2)"``, ``heads=3``) or the design (``official=True``, ``layers={0: "softmax"}``: a
+            name, a mixer or a Layout for each layer that differs, also ``'relu(layers={"0": "softmax"})'``).
 
     Raises:
         ValueError: unknown name or option, two names that choose the same part, or a meaningless combination.
@@ -504,7 +507,7 @@ def design(name: str | Design | Mapping[str, Any], **options: Any) -> Design:
     parts: dict[str, Any] = {}
     chosen_by: dict[str, str] = {}
     inline: dict[str, Any] = {}
-    for term in _split(name, "+"):
+    for term in split_outside_brackets(name, "+"):
         base, written = _parse_term(term, name)
         inline |= written
         for part, value in _NAMED[base][0].items():
@@ -520,7 +523,7 @@ def design(name: str | Design | Mapping[str, Any], **options: Any) -> Design:
         raise ValueError(f"Design {name!r}: {error}") from None
 
 
-def _split(text: str, separator: str) -> list[str]:
+def split_outside_brackets(text: str, separator: str) -> list[str]:
     """The parts of `text` between separators outside all brackets."""
     parts, depth = [""], 0
     for character in text:
@@ -540,10 +543,12 @@ def _parse_term(term: str, name: str) -> tuple[str, dict[str, Any]]:
             "such as 'relu+paf'."
         )
     options: dict[str, Any] = {}
-    for item in _split(match[2], ",") if match[2] else []:
+    for item in split_outside_brackets(match[2], ",") if match[2] else []:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"Design {name!r}: {item.strip()!r} is no option; write option=value.")
+        if key.strip() in options:
+            raise ValueError(f"Design {name!r}: the option {key.strip()!r} is given twice.")
         try:
             options[key.strip()] = json.loads(value)
         except json.JSONDecodeError:
@@ -551,9 +556,29 @@ def _parse_term(term: str, name: str) -> tuple[str, dict[str, Any]]:
     return match[1], options
 
 
+def _single_layer(number: Any, part: Any) -> tuple[Any, Any]:
+    """One entry of `layers` as people write it: the number as text (JSON has no others), the part by a design's name
+    or as plain data."""
+    if isinstance(number, str) and re.fullmatch(r"-?\d+", number):
+        number = int(number)
+    if isinstance(part, Mapping):
+        return number, _part_from_dict(part)
+    if not isinstance(part, str | Design):
+        return number, part
+    chosen, plain = design(part), Design()
+    parts = [p for p in (chosen.mixer, chosen.layout) if p not in (plain.mixer, plain.layout)]
+    if len(parts) > 1 or replace(chosen, mixer=plain.mixer, layout=plain.layout) != plain:
+        raise ValueError(
+            f"layers has {number!r}: {part!r}; a single layer takes another mixer or another layout, not more."
+        )
+    return number, parts[0] if parts else plain.mixer
+
+
 def _with_options(base: Design, options: dict[str, Any], name: str) -> Design:
     remaining = dict(options)
     changes: dict[str, Any] = {k: remaining.pop(k) for k in list(remaining) if k in {f.name for f in fields(Design)}}
+    if isinstance(changes.get("layers"), Mapping):
+        changes["layers"] = dict(_single_layer(number, part) for number, part in changes["layers"].items())
     base = replace(base, **changes) if changes else base
     for part_name in ("mixer", "layout", "wiring"):
         part = getattr(base, part_name)

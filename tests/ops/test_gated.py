@@ -113,6 +113,12 @@ REFUSED = {
     "x": ({"x": torch.zeros(2, C + 1)}, {}, f"x has {C + 1} channels"),
     "weight_2": ({"weight_2": torch.zeros(INNER + 1, C)}, {}, r"must be \[F, C\]"),
     "weight_3": ({"weight_3": torch.zeros(C, INNER + 1)}, {}, r"must be \[F, C\]"),
+    "weight_1": ({"weight_1": torch.zeros(INNER)}, {}, r"weight_1 is \[10\]"),
+    "output": ({"weight_3": torch.zeros(C + 1, INNER)}, {}, r"weight_3 \[7, 10\]"),
+    "bias": ({"bias_1": torch.zeros(INNER + 1)}, {}, r"bias_1 \[11\]"),
+    "norm": ({"norm_weight": torch.ones(C)}, {}, r"norm_weight \[6\]"),
+    "second norm alone": ({"norm_2_weight": torch.ones(INNER)}, {}, "without norm_weight"),
+    "list": ({"x": [1.0]}, {}, "x is a list"),
 }
 
 

@@ -194,6 +194,7 @@ REFUSED = {
     "order": ((X, X, X), {"order": "kqv"}, "order is 'kqv'"),
     "eps_0": ((X, X, X), {"eps": 0.0}, "eps is 0.0"),
     "eps_nan": ((X, X, X), {"eps": float("nan")}, "eps is nan"),
+    "eps_word": ((X, X, X), {"eps": "small"}, "eps is 'small'"),
     "float_mask": ((X, X, X), {"key_padding_mask": torch.ones(2, 5)}, "boolean mask"),
     "mask_shape": ((X, X, X), {"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, r"\[B, Nk\] = \[2, 5\]"),
     "mask_list": ((X, X, X), {"key_padding_mask": [True]}, "key_padding_mask is a list"),

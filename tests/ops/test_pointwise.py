@@ -232,6 +232,11 @@ REFUSED = {
     "length_half": ((Q, K, V), {"length": 1.5}, "length is 1.5"),
     "length_infinite": ((Q, K, V), {"length": float("inf")}, "length is inf"),
     "dropout": ((Q, K, V), {"dropout_p": 1.0}, "dropout_p is 1.0"),
+    "float8": ((Q.to(torch.float8_e4m3fn),) * 3, {}, "dtype torch.float8_e4m3fn"),
+    "exponent_word": ((Q, K, V), {"length_exponent": "1"}, "length_exponent is '1'"),
+    "activation_list": ((Q, K, V), {"activation": ["relu"]}, "activation is"),
+    "scale_nan": ((Q, K, V), {"scale": float("nan")}, "scale is nan"),
+    "scale_tensor": ((Q, K, V), {"scale": torch.ones(())}, "scale is tensor.* must be a number"),
     "impl": ((Q, K, V), {"impl": "fast"}, "impl is 'fast'"),
 }
 

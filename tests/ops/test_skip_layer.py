@@ -141,6 +141,14 @@ REFUSED = {
     "unknown_head": ({"skip_heads": (4,)}, "different heads from 0 to 3"),
     "negative_head": ({"skip_heads": (-1,)}, "different heads from 0 to 3"),
     "twice": ({"skip_heads": (1, 1)}, "different heads"),
+    "share": ({"skip_heads": 0.75}, "number of heads or a list"),
+    "word": ({"skip_heads": "01"}, "number of heads or a list"),
+    "nothing": ({"skip_heads": None}, "number of heads or a list"),
+    "unknown_option": ({"skip_heads": 1, "mixer": "pointwise", "power": 2}, "'power' is no option"),
+    "softmax_mask_shape": ({"skip_heads": 1, "attn_mask": torch.ones(3, 3, dtype=torch.bool)}, "must broadcast to"),
+    "softmax_mask_integers": ({"skip_heads": 1, "attn_mask": torch.ones(5, 5).long()}, "dtype torch.int64"),
+    "pointwise_float_mask": ({"skip_heads": 1, "mixer": "pointwise", "attn_mask": torch.ones(5, 5)}, "boolean mask"),
+    "dropout": ({"skip_heads": 1, "dropout_p": 2.0}, "dropout_p is 2.0"),
     "softmax_option": ({"skip_heads": 1, "activation": "relu"}, "options of mixer='pointwise'"),
     "softmax_impl": ({"skip_heads": 1, "impl": "native"}, "cannot run softmax"),
 }
@@ -153,7 +161,21 @@ def test_refused(case):
         skip_layer_attention(X, X, X, X, X, **arguments)
 
 
-@pytest.mark.parametrize("source", [X[:, :2], X[:, :, :3], X[..., :4]], ids=["heads", "tokens", "head_size"])
+def test_an_additive_mask_may_come_with_a_causal_one():
+    q, k, v, sk, sv = (torch.randn(2, 4, 5, 6) for _ in range(5))
+    visible = torch.rand(5, 5) > 0.3
+    visible.fill_diagonal_(True)
+    additive = torch.zeros(5, 5).masked_fill(~visible, float("-inf"))
+    options = {"skip_heads": 2, "is_causal": True}
+    expected = skip_layer_attention(q, k, v, sk, sv, attn_mask=visible, **options)
+    torch.testing.assert_close(skip_layer_attention(q, k, v, sk, sv, attn_mask=additive, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [X[:, :2], X[:, :, :3], X[..., :4], X.double(), [1.0]],
+    ids=["heads", "tokens", "head_size", "dtype", "list"],
+)
 def test_refused_source_shapes(source):
     with pytest.raises(ValueError, match="they must agree"):
         skip_layer_attention(X, X, X, source, X, skip_heads=1)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from formix.design import design
+from formix.design import design, split_outside_brackets
 from formix.training.config import TrainConfig
 
 
@@ -68,7 +67,7 @@ class CompareConfig:
     @property
     def design_names(self) -> list[str]:
         """The designs one by one; commas inside parentheses belong to a design's options."""
-        return [name.strip() for name in re.split(r",(?![^(]*\))", str(self.designs)) if name.strip()]
+        return [name.strip() for name in split_outside_brackets(str(self.designs), ",") if name.strip()]
 
     @property
     def learning_rates(self) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from formix.design import GatedUnit, Mixer, Pointwise, Sima, Softmax
 from formix.ops import l1_attention, pointwise_attention
-from formix.ops.masks import repeat_heads, visible_mask
+from formix.ops.masks import causal_mask, repeat_heads
 
 # mixer, query, key and the boolean mask of visible pairs, if there is one
 Watcher = Callable[[Mixer, Tensor, Tensor, Tensor | None], None]
@@ -54,7 +54,7 @@ def attend(
     match mixer:
         case Softmax():
             if is_causal and attn_mask is not None:
-                attn_mask, is_causal = _causal(attn_mask, query, key), False
+                attn_mask, is_causal = causal_mask(attn_mask, query, key), False
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
                 enable_gqa=grouped,
@@ -75,14 +75,6 @@ def attend(
             return l1_attention(query, key, value, key_padding_mask=padding, eps=mixer.eps)
         case GatedUnit():
             raise AssertionError("a gated unit has no queries and keys")
-
-
-def _causal(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
-    if attn_mask.dtype == torch.bool:
-        return visible_mask(attn_mask, True, query, key)
-    causal = visible_mask(None, True, query, key)
-    assert causal is not None
-    return attn_mask.masked_fill(~causal, float("-inf"))
 
 
 def key_padding(attn_mask: Tensor, batch: int, num_keys: int) -> Tensor:

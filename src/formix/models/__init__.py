@@ -32,6 +32,10 @@ def create_model(
     """
     from formix.models import directory, published, text, vit
 
+    if not isinstance(name, str | Path):
+        raise ValueError(
+            f"name is {name!r}; it must be a model's name, such as 'vit_small_patch16_224', or a directory."
+        )
     path = Path(name)
     if (path / "config.json").is_file():
         if pretrained:

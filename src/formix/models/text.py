@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from formix.design import Design
 from formix.design import design as find_design
 from formix.models import bert, distilbert, gpt2, llama, roberta
 
 _log = logging.getLogger("formix")
+_COUNTS = {  # fields of the configs that count something
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_labels",
+    "intermediate_size", "max_position_embeddings", "type_vocab_size",
+}  # fmt: skip
 # family -> (config class, {task: model class}); the first task is the default
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt2": (
@@ -146,11 +151,23 @@ def create_text_model(
     if unknown:
         raise ValueError(f"{', '.join(map(repr, unknown))}: no field of {config_class.__name__}.")
     canonical = {config_class.attribute_map.get(k, k): v for k, v in (size | config).items()}
+    _check_fields(canonical)
     vocabulary = canonical.get("vocab_size", config_class().vocab_size)
     for token in ("bos_token_id", "eos_token_id"):  # GPT-2's own lie outside a smaller vocabulary
         if (getattr(config_class(), token, None) or 0) >= vocabulary:
             canonical.setdefault(token, None)
     return model_class(config_class(**canonical, design=find_design(design).to_dict()))
+
+
+def _check_fields(config: dict[str, Any]) -> None:
+    """Raise `ValueError` for sizes that no model has and activations that transformers does not know."""
+    for name in _COUNTS & config.keys():
+        value = config[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more.")
+    for name in {"hidden_act", "activation_function"} & config.keys():
+        if config[name] not in ACT2FN:
+            raise ValueError(f"{name} is {config[name]!r}; it must be one of {', '.join(sorted(ACT2FN))}.")
 
 
 def from_directory(

@@ -196,15 +196,23 @@ def _probe(name: str, kwargs: dict[str, Any]) -> Any:
     """The model that timm would build, without weights, checked to be one whose blocks can be replaced."""
     if "block_fn" in kwargs or "attn_layer" in kwargs:
         raise ValueError("block_fn and attn_layer are what the design decides; leave them out.")
+    for argument, least in {"num_classes": 0, "in_chans": 1, "depth": 1, "embed_dim": 1, "num_heads": 1}.items():
+        given = kwargs.get(argument, least)
+        if not isinstance(given, int) or isinstance(given, bool) or given < least:
+            raise ValueError(f"{argument} is {given!r}; it must be a whole number, {least} or more.")
     try:
-        probe: Any = timm.create_model(name, **{**kwargs, "device": "meta"})
-    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"timm cannot build {name!r} with {kwargs}: {error}") from None
+        probe: Any = timm.create_model(name, **{**kwargs, "checkpoint_path": "", "device": "meta"})
+    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"timm cannot build {name!r} with {kwargs}: {reason}") from None
     if type(probe) not in _CLASSES:
         raise ValueError(
             f"{name!r} is a {type(probe).__name__}; formix knows the blocks of timm's VisionTransformer names, "
             "such as 'vit_small_patch16_224' or 'deit_tiny_patch16_224'."
         )
+    if probe.patch_embed.num_patches == 0:
+        size, patch = probe.patch_embed.img_size, probe.patch_embed.patch_size
+        raise ValueError(f"img_size is {size} and patch_size {patch}; an image must hold at least one patch.")
     block = probe.blocks[0]
     if type(block) is not Block or type(block.attn) is not Attention:
         own = type(block).__name__ if type(block) is not Block else type(block.attn).__name__

@@ -52,14 +52,20 @@ def gated_unit(
     Raises:
         ValueError: an unknown activation, or shapes that do not fit.
     """
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}.")
-    f, c = weight_1.shape
-    if x.shape[-1] != c or weight_2.shape != (f, c) or weight_3.shape[1] != f:
-        raise ValueError(
-            f"x has {x.shape[-1]} channels and the weights shapes {list(weight_1.shape)}, {list(weight_2.shape)} and "
-            f"{list(weight_3.shape)}; they must be [F, C], [F, C] and [C, F]."
-        )
+    _check_shapes(
+        x,
+        {"weight_1": weight_1, "weight_2": weight_2, "weight_3": weight_3},
+        {"bias_1": bias_1, "bias_2": bias_2, "bias_3": bias_3},
+        {
+            "norm_weight": norm_weight,
+            "norm_bias": norm_bias,
+            "norm_2_weight": norm_2_weight,
+            "norm_2_bias": norm_2_bias,
+        },
+    )
+    f = weight_1.shape[0]
     u = ACTIVATIONS[activation](F.linear(x, weight_1, bias_1))  # [..., F]
     v = F.linear(x, weight_2, bias_2)
     if norm_weight is not None:
@@ -68,3 +74,35 @@ def gated_unit(
         u = F.layer_norm(u, (f,), norm_weight, norm_bias, eps)
         v = F.layer_norm(v, (f,), norm_2_weight, norm_2_bias, eps)
     return F.linear(u * v, weight_3, bias_3)
+
+
+def _check_shapes(
+    x: Tensor, weights: dict[str, Tensor], biases: dict[str, Tensor | None], norms: dict[str, Tensor | None]
+) -> None:
+    first = weights["weight_1"]
+    given = {"x": x, **weights, **{k: t for k, t in (biases | norms).items() if t is not None}}
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name} is a {type(t).__name__}; it must be a tensor.")
+    f, c = first.shape if first.dim() == 2 else (0, x.shape[-1])
+    wanted = {
+        "weight_1": (f, c),
+        "weight_2": (f, c),
+        "weight_3": (c, f),
+        "bias_1": (f,),
+        "bias_2": (f,),
+        "bias_3": (c,),
+    }
+    wanted |= dict.fromkeys(norms, (f,))
+    if x.dim() == 0 or x.shape[-1] != c:
+        raise ValueError(f"x has {x.shape[-1] if x.dim() else 'no'} channels, and weight_1 takes {c}; they must agree.")
+    wrong = [f"{k} {list(given[k].shape)}" for k, shape in wanted.items() if k in given and given[k].shape != shape]
+    if wrong:
+        raise ValueError(
+            f"weight_1 is {list(first.shape)} and {', '.join(wrong)}; they must be [F, C] (weight_1, weight_2), [C, F] "
+            "(weight_3), [F] (bias_1, bias_2, norms) and [C] (bias_3)."
+        )
+    if norms["norm_weight"] is None and any(
+        norms[k] is not None for k in ("norm_bias", "norm_2_weight", "norm_2_bias")
+    ):
+        raise ValueError("norm_bias or norm_2_weight is given without norm_weight; give norm_weight or leave all out.")

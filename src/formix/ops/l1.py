@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from formix.ops.masks import autocast_inputs, check_qkv, without_autocast
+from formix.ops.masks import autocast_inputs, check_number, check_qkv, without_autocast
 from formix.ops.registry import NO_KERNELS, choose, native_module
 
 ORDERS = ("auto", "qk_v", "q_kv", "fused")
@@ -49,6 +49,7 @@ def l1_attention(
     check_qkv(query, key, value)
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; it must be one of {', '.join(map(repr, ORDERS))}.")
+    check_number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps is {eps}; it must be above 0.")
     _check_padding(key_padding_mask, key)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def autocast_inputs(*tensors: Any) -> tuple[Any, ...]:
@@ -35,14 +38,17 @@ def _device_type(tensors: tuple[Any, ...]) -> str | None:
     return device if device is not None and torch.amp.is_autocast_available(device) else None
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = False) -> None:
-    """Raise `ValueError` unless query is [B, H, Nq, D], key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv], one dtype."""
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool | None = None) -> None:
+    """Raise `ValueError` unless query is [B, H, Nq, D], key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv], one dtype.
+
+    H may be a multiple of Hkv if `enable_gqa`; None: the operator has no grouped queries.
+    """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor of shape [B, H, N, D].")
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}; it must have 4 dimensions, [B, H, N, D].")
-        if not x.is_floating_point():
+        if x.dtype not in DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; it must be float64, float32, bfloat16 or float16.")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
@@ -62,18 +68,38 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool = F
     if key.shape[1:3] != value.shape[1:3]:
         raise ValueError(f"key has shape {list(key.shape)}, value {list(value.shape)}; heads and tokens must agree.")
     if key.shape[1] != h and not enable_gqa:
-        raise ValueError(f"query has {h} heads, key {key.shape[1]}; pass enable_gqa=True for grouped queries.")
+        remedy = "they must be the same" if enable_gqa is None else "pass enable_gqa=True for grouped queries"
+        raise ValueError(f"query has {h} heads, key {key.shape[1]}; {remedy}.")
     if key.shape[1] == 0 or h % key.shape[1]:
         raise ValueError(f"query has {h} heads, key {key.shape[1]}; the first must be a multiple of the second.")
 
 
-def check_attn_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
-    """Raise `ValueError` unless the mask is boolean and broadcasts to [B, H, Nq, Nk]."""
+def check_number(name: str, value: Any, *, low: float = -math.inf, below: float = math.inf) -> None:
+    """Raise `ValueError` unless low <= value < below; numbers that torch.compile traces count as numbers."""
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
+    if not low <= value < below or math.isinf(value):
+        limits = "finite" if low == -math.inf else f"finite and {low:g} or more"
+        raise ValueError(
+            f"{name} is {value}; it must be {limits if below == math.inf else f'{low:g} or more and below {below:g}'}."
+        )
+
+
+def check_attn_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor, *, additive: bool = False) -> None:
+    """Raise `ValueError` unless the mask is boolean, or with `additive` of query's dtype, and broadcasts to
+    [B, H, Nq, Nk]."""
     if attn_mask is None:
         return
     if not isinstance(attn_mask, Tensor):
         raise ValueError(f"attn_mask is a {type(attn_mask).__name__}; pass a boolean tensor, True = attend.")
-    if attn_mask.dtype != torch.bool:
+    if additive and attn_mask.dtype not in (torch.bool, query.dtype):
+        raise ValueError(
+            f"attn_mask has dtype {attn_mask.dtype}; pass a boolean mask, True = attend, or an additive one of "
+            f"{query.dtype}."
+        )
+    if not additive and attn_mask.dtype != torch.bool:
         raise ValueError(
             f"attn_mask has dtype {attn_mask.dtype}; without a softmax an additive mask has no meaning. "
             "Pass a boolean mask, True = attend."
@@ -96,6 +122,13 @@ def visible_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: 
         return attn_mask
     causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     return causal if attn_mask is None else attn_mask & causal
+
+
+def causal_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A boolean or additive mask with the causal one put in, for softmax, which takes either."""
+    causal = visible_mask(None, True, query, key)
+    assert causal is not None
+    return attn_mask & causal if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~causal, float("-inf"))
 
 
 def visible_length(mask: Tensor | None, key: Tensor) -> Tensor | int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from formix.ops.masks import (
     autocast_inputs,
     check_attn_mask,
+    check_number,
     check_qkv,
     repeat_heads,
     visible_length,
@@ -78,6 +79,8 @@ def pointwise_attention(
     check_qkv(query, key, value, enable_gqa=enable_gqa)
     check_attn_mask(attn_mask, query, key)
     _check_options(activation, length_exponent, length, dropout_p)
+    if scale is not None:
+        check_number("scale", scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if activation == "sigmoid_bias":
         length_exponent = 0.0
@@ -137,10 +140,9 @@ def _reference(
 
 
 def _check_options(activation: str, length_exponent: float, length: int | None, dropout_p: float) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}.")
-    if not 0 <= length_exponent < float("inf"):
-        raise ValueError(f"length_exponent is {length_exponent}; it must be finite and 0 or more.")
+    check_number("length_exponent", length_exponent, low=0)
     if activation == "sigmoid_bias" and length_exponent not in (0, 1):
         raise ValueError(
             f"length_exponent is {length_exponent}, but in 'sigmoid_bias' the length enters as the bias -log L "
@@ -148,5 +150,4 @@ def _check_options(activation: str, length_exponent: float, length: int | None, 
         )
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | torch.SymInt) or length < 1):
         raise ValueError(f"length is {length!r}; it must be None or a positive whole number of keys.")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1.")
+    check_number("dropout_p", dropout_p, low=0, below=1)

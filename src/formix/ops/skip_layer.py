@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formix.ops.masks import check_qkv, visible_mask
+from formix.ops.masks import autocast_inputs, causal_mask, check_attn_mask, check_number, check_qkv
 from formix.ops.pointwise import pointwise_attention
 
 MIXERS = ("softmax", "pointwise")
+POINTWISE = ("activation", "length_exponent", "length")
 
 
 def skip_layer_attention(
@@ -48,12 +49,15 @@ def skip_layer_attention(
         [B, H, Nq, D].
 
     Raises:
-        ValueError: source shapes that differ from key's, head numbers out of range, an unknown mixer.
+        ValueError: source shapes that differ from key's, head numbers out of range, an unknown mixer or option.
     """
+    query, key, value, source_key, source_value = autocast_inputs(query, key, value, source_key, source_value)
     check_qkv(query, key, value, enable_gqa=enable_gqa)
     if mixer not in MIXERS:
         raise ValueError(f"mixer is {mixer!r}; it must be one of {', '.join(map(repr, MIXERS))}.")
     key, value = select_heads(key, source_key, skip_heads), select_heads(value, source_value, skip_heads)
+    if unknown := [name for name in pointwise if name not in POINTWISE]:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is no option; mixer='pointwise' has {', '.join(POINTWISE)}.")
     if mixer == "pointwise":
         return pointwise_attention(
             query,
@@ -71,8 +75,10 @@ def skip_layer_attention(
         raise ValueError(f"{', '.join(map(repr, pointwise))}: options of mixer='pointwise', not of 'softmax'.")
     if impl not in ("auto", "reference"):
         raise ValueError(f"impl={impl!r} cannot run softmax, which is PyTorch's own; use impl='auto'.")
+    check_attn_mask(attn_mask, query, key, additive=True)
+    check_number("dropout_p", dropout_p, low=0, below=1)
     if is_causal and attn_mask is not None:
-        attn_mask, is_causal = visible_mask(attn_mask, True, query, key), False
+        attn_mask, is_causal = causal_mask(attn_mask, query, key), False
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
         enable_gqa=enable_gqa,
@@ -81,14 +87,15 @@ def skip_layer_attention(
 
 def select_heads(own: Tensor, source: Tensor, skip_heads: int | Sequence[int]) -> Tensor:
     """`own` [B, Hkv, N, D] with the given heads (the first n, or by number) replaced by `source`'s."""
-    if own.shape != source.shape:
+    if not isinstance(source, Tensor) or own.shape != source.shape or own.dtype != source.dtype:
+        theirs = f"{list(source.shape)} in {source.dtype}" if isinstance(source, Tensor) else repr(source)
         raise ValueError(
-            f"This layer's keys or values have shape {list(own.shape)}, the source layer's {list(source.shape)}; "
+            f"This layer's keys or values are {list(own.shape)} in {own.dtype}, the source layer's {theirs}; "
             "they must agree."
         )
     h = own.shape[1]
-    heads = tuple(range(skip_heads)) if isinstance(skip_heads, int) else tuple(skip_heads)
-    out_of_range = (isinstance(skip_heads, int) and skip_heads < 0) or any(not 0 <= i < h for i in heads)
+    heads = _heads(skip_heads)
+    out_of_range = (isinstance(skip_heads, int) and skip_heads < 0) or any(i not in range(h) for i in heads)
     if out_of_range or len(set(heads)) != len(heads):
         raise ValueError(f"skip_heads is {skip_heads!r}; it must name different heads from 0 to {h - 1}.")
     n = len(heads)
@@ -100,3 +107,11 @@ def select_heads(own: Tensor, source: Tensor, skip_heads: int | Sequence[int]) -
         return torch.cat([source[:, :n], own[:, n:]], dim=1)
     replaced = set(heads)
     return torch.stack([(source if i in replaced else own)[:, i] for i in range(h)], dim=1)
+
+
+def _heads(skip_heads: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(skip_heads, int) and not isinstance(skip_heads, bool):
+        return tuple(range(skip_heads))
+    if isinstance(skip_heads, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in skip_heads):
+        return tuple(skip_heads)
+    raise ValueError(f"skip_heads is {skip_heads!r}; it must be a number of heads or a list of their numbers.")
