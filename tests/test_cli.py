@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -79,6 +81,7 @@ def test_analyze_prints_a_row_for_every_layer(tmp_path, capsys):
     assert "160 tokens" in capsys.readouterr().out  # 32 images of 4 patches and a class token
 
 
+TINY = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 WRONG = {
     "analysis of nothing": (["analyze", "--model={tmp}/none", "--data=digits"], "none is no model directory"),
     "report of nothing": (["report"], "usage: formix report"),
@@ -112,6 +115,30 @@ WRONG = {
     "model argument": (["compare", "--data=digits", '--model_args={"colour": 1}'], "colour"),
     "heads that do not divide": (["compare", "--data=digits", '--model_args={"num_heads": 5}'], "num_heads"),
     "directory of something else": (["compare", "--data=digits", "--out={tmp}/empty/.."], "no comparison"),
+    "name for data and a task": (["compare", "--data=glue:{tmp}/MNLI"], "MNLI"),
+    "absurd budget": (["compare", "--epochs=1e300"], "epochs is 1e+300"),
+    "number of no size": (["compare", "--epochs=nan"], "epochs is nan; it must be a finite number"),
+    "choice": (["compare", "--precision=fp8"], "precision is fp8; it must be one of 'auto'"),
+    "null for a number": (["compare", "{tmp}/null.yaml"], "seeds is null; it must be a whole number"),
+    "list for a mapping": (["compare", "{tmp}/list.yaml"], "holds no settings"),
+    "YAML in another encoding": (["compare", "{tmp}/latin.yaml"], "no UTF-8 text"),
+    "code in YAML": (["compare", "{tmp}/code.yaml"], "code.yaml"),
+    "option given twice": (["compare", "--designs=relu(length=3,length=4)"], "given twice"),
+    "layer of a hybrid": (["compare", '--designs=relu(layers={"0": "skip"})'], "layers has 0: 'skip'"),
+    "classes of the data": (["compare", "--data=digits", '--model_args={"num_classes": 3}'], "'data' decides"),
+    "no layers": (["compare", "--data=digits", '--model_args={"depth": 0}'], "depth is 0"),
+    "patch over the image": (["compare", "--data=digits", '--model_args={"patch_size": 99}'], "at least one patch"),
+    "fraction": (["compare", "--data=digits", "--test-fraction=2"], "test_fraction=2.0"),
+    "tokenizer of images": (["compare", "--data=digits", "--tokenizer={tmp}"], "is for text"),
+    "image size of text": (["compare", "--data=text:{tmp}/short.txt", "--img-size=8"], "is for images"),
+    "one class": (["compare", "--data=folder:{tmp}/pictures/a/.."], "0.png"),
+    "file for a directory": (["compare", "--data=digits", "--out={tmp}/short.txt"], "no comparison"),
+    "directory below a file": (["compare", "--data=digits", "--out={tmp}/short.txt/x"], "Not a directory"),
+    "results of another version": (["report", "{tmp}/other.json"], "schema is 'formix.results/9'"),
+    "results that are a list": (["report", "{tmp}/list.json"], "expected an object"),
+    "damaged weights": (["analyze", "--model={tmp}/model", "--data=digits"], "model.safetensors is damaged"),
+    "damaged model config": (["analyze", "--model={tmp}/config", "--data=digits"], "config.json is damaged"),
+    "argument of a list": (["data", "digits"], "takes no arguments"),
     "damaged run": (["compare", "--data=digits", *SMALL, "--out={tmp}/finished"], "runs"),
     "damaged configuration": (["compare", "--data=digits", *SMALL, "--out={tmp}/claimed"], "config.json is damaged"),
 }
@@ -128,6 +155,17 @@ def wrong_files(tmp_path_factory):
     (tmp / "short.txt").write_text("too short")
     (tmp / "broken.yaml").write_text("data: [digits\n  designs: {")
     (tmp / "unknown.yaml").write_text("data: digits\ncolour: red\n")
+    (tmp / "null.yaml").write_text("data: digits\nseeds: null\n")
+    (tmp / "list.yaml").write_text("- digits\n- softmax\n")
+    (tmp / "latin.yaml").write_bytes("data: é\n".encode("latin-1"))
+    (tmp / "code.yaml").write_text('data: !!python/object/apply:os.system ["touch made"]\n')
+    (tmp / "other.json").write_text('{"schema": "formix.results/9"}')
+    (tmp / "list.json").write_text("[]")
+    model = formix.create_model("vit_tiny_patch16_224", "relu", img_size=8, patch_size=4, in_chans=1, **TINY)
+    for name in ("model", "config"):
+        formix.save(model, tmp / name)
+    (tmp / "model" / "model.safetensors").write_bytes(b"no weights")
+    (tmp / "config" / "config.json").write_text("{")
     assert main(["compare", "--data=digits", *SMALL, f"--out={tmp / 'finished'}"]) == 0
     for path in (tmp / "finished" / "runs").iterdir():
         path.write_text(path.read_text()[:50])
@@ -150,6 +188,24 @@ def test_wrong_input_ends_in_one_sentence_and_nothing_is_overwritten(case, wrong
     assert error.startswith("formix: ")
     assert "Traceback" not in error
     assert {p: p.read_bytes() for p in wrong_files.rglob("*") if p.is_file()} == before
+
+
+def test_at_least_twenty_kinds_of_wrong_input_are_tried():
+    assert len(WRONG) >= 20
+    assert len({named for _, named in WRONG.values()}) >= 20  # no two are the same complaint
+
+
+def test_a_wrong_command_ends_with_a_non_zero_status():
+    """In a process of its own, as a shell sees it."""
+    process = subprocess.run([sys.executable, "-m", "formix.cli", "designs", "nope"], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("formix: 'nope' is no design")
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"formix {formix.__version__}\n"
 
 
 def test_help_lists_the_verbs(capsys):

@@ -439,3 +439,29 @@ def test_mixers(kind):
     assert mixer.formula
     assert Design(mixer=mixer).to_dict()["mixer"]["kind"] == kind
     assert isinstance(mixer.has_keys, bool)
+
+
+def test_single_layers_may_be_given_by_name_or_as_plain_data():
+    expected = design("relu", layers={0: Softmax(), -1: Layout(parallel=True, norm="post")})
+    assert design("relu", layers={0: "softmax", -1: "paf"}) == expected
+    assert design('relu(layers={"0": "softmax", "-1": "paf"})') == expected
+    assert design("relu", layers={"0": {"kind": "softmax"}, -1: design("paf")}) == expected
+    assert design("softmax", layers={1: "relu(length_exponent=0.5)"}).layer(1, 2).mixer == Pointwise(
+        length_exponent=0.5
+    )
+
+
+@pytest.mark.parametrize("part", ["skip", "relu+paf", "softmax(official=true)"])
+def test_a_single_layer_takes_one_part(part):
+    with pytest.raises(ValueError, match="another mixer or another layout, not more"):
+        design("relu", layers={0: part})
+
+
+def test_an_option_given_twice_is_refused():
+    with pytest.raises(ValueError, match="'length' is given twice"):
+        design("relu(length=3,length=4)")
+
+
+def test_a_model_of_one_layer_has_nothing_to_skip_to():
+    with pytest.raises(ValueError, match="a model of 1 layer has no earlier layer"):
+        design("skip").layer(0, 1)

@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("usage: formix VERB ...\n\n" + "\n".join(f"  {n:10} {_summary(f)}" for n, f in VERBS.items()))
         print("\nformix VERB --help lists the flags of a verb.")
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from formix import __version__
+
+        print(f"formix {__version__}")
+        return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         return _fail(f"{verb!r} is no verb of formix; it has {', '.join(VERBS)}.")
@@ -51,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(" ".join(str(error).split()))
     except OSError as error:
-        return _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+        named = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+        return _fail(named.rstrip(".") + ".")
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "number", signal.SIGINT)  # a training run says which signal and what it saved
         print(f"formix: {str(interrupt) or 'interrupted'}; the same command goes on from here.", file=sys.stderr)

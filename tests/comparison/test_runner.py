@@ -50,6 +50,7 @@ def test_results_hold_every_run_and_the_resolved_configuration(tmp_path):
         chosen = {r.lr for r in results.runs if r.design == design and r.selected}
         tried = {r.lr: r.validation for r in results.runs if r.design == design and r.seed == 0}
         assert chosen == {max(tried, key=lambda lr: (tried[lr], -lr))}
+    assert all((r.test is not None) == r.selected for r in results.runs)  # test is for reporting, never for choosing
     run = results.runs[0]
     assert len(run.curve) == 5
     assert run.flops > 0
@@ -137,6 +138,43 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="another epochs"):
         compare(replace(config, epochs=3.0))
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_a_directory_of_other_data_under_the_same_name_is_refused(tmp_path):
+    settings = {**SMALL, "data": f"text:{tmp_path / 'a.txt'}", "sequence_length": 16, "limit": None, "epochs": 1.0}
+    settings |= {"designs": "softmax", "seeds": 1, "model_args": {"n_layer": 1, "n_embd": 16, "n_head": 2}}
+    config = CompareConfig(**settings, out=str(tmp_path / "out"))
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 300)
+    compare(config)
+    (tmp_path / "a.txt").write_text("the dog sat on the mat. " * 300)
+    with pytest.raises(ValueError, match="another contents of data"):
+        compare(config)
+
+
+def test_every_design_sees_the_same_batches_in_the_same_order(tmp_path, monkeypatch):
+    from formix.training import tasks
+
+    real, seen = tasks.forward, []
+
+    def watched(model, batch):
+        if model.training:
+            seen.append(batch["pixel_values"].double().sum().item())
+        return real(model, batch)
+
+    monkeypatch.setattr(tasks, "forward", watched)
+    compare(CompareConfig(**SMALL | {"designs": "softmax,sima,activator,paf,skip", "seeds": 1}, out=str(tmp_path)))
+    steps = len(seen) // 5
+    assert steps >= 8
+    assert all(seen[i * steps : (i + 1) * steps] == seen[:steps] for i in range(5))
+
+
+def test_hybrids_and_options_are_designs_like_others(tmp_path):
+    designs = 'softmax,relu(layers={"0": "softmax", "-1": "paf"}),skip(heads=1,source=last(1,1))'
+    results = compare(CompareConfig(**SMALL | {"designs": designs, "seeds": 1, "epochs": 1.0}, out=str(tmp_path)))
+    hybrid = results.designs[1]
+    assert hybrid.definition["layers"]["0"]["kind"] == "softmax"
+    assert hybrid.definition["layers"]["-1"]["parallel"] is True
+    assert [r.status for r in results.runs] == ["ok"] * 3
 
 
 def test_latencies_are_measured_for_both_dtypes_and_batches(tmp_path):

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 from collections.abc import Sequence
-from typing import Any, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from formix.design import split_outside_brackets
 
 
 def parse(config_class: Any, verb: str, flags: list[str]) -> Any:
-    """The dataclass out of flags and YAML; both dashes and underscores are taken in flags' names."""
+    """The dataclass out of flags and YAML; both dashes and underscores are taken in flags' names.
+
+    Raises:
+        ValueError: an unknown name, or a value of another type; one sentence that names it and what is allowed.
+    """
     return parse_several([config_class], verb, flags)[0]
 
 
@@ -25,7 +32,9 @@ def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) ->
     try:
         values = parser.parse_args([_underscored(flag) for flag in flags]).as_dict()
     except ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(_sentence(str(error), config_classes, verb)) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the file is no UTF-8 text ({error}).") from None
     return [_build(config_class, values) for config_class in config_classes]
 
 
@@ -33,9 +42,11 @@ def _build(config_class: Any, values: dict[str, Any]) -> Any:
     kinds = get_type_hints(config_class)
     arguments = {}
     for field in dataclasses.fields(config_class):
-        value = values[field.name]
-        nested = dataclasses.is_dataclass(kinds[field.name]) and isinstance(value, dict)
-        arguments[field.name] = kinds[field.name](**value) if nested else value
+        value, kind = values[field.name], kinds[field.name]
+        if value is None and not _takes_none(kind):  # jsonargparse lets null pass for every type
+            raise ValueError(f"{field.name} is null; it must be {_words(kind)}.")
+        nested = dataclasses.is_dataclass(kind) and isinstance(value, dict)
+        arguments[field.name] = kind(**value) if nested else value
     return config_class(**arguments)
 
 
@@ -47,12 +58,12 @@ def _underscored(flag: str) -> str:
 
 
 def names(text: str, what: str, *, empty: bool = False) -> tuple[str, ...]:
-    """The parts of a list with commas; commas inside parentheses belong to a design's options.
+    """The parts of a list with commas; commas inside brackets belong to a design's options.
 
     Raises:
         ValueError: a part is there twice, or there is none and `empty` does not allow it.
     """
-    found = tuple(part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip())
+    found = tuple(part.strip() for part in split_outside_brackets(text, ",") if part.strip())
     if len(set(found)) < len(found):
         raise ValueError(f"{what} is {text!r}; something is named twice.")
     if not found and not empty:
@@ -70,3 +81,47 @@ def numbers(text: str, what: str) -> tuple[int, ...]:
     if wrong := [part for part in found if not part.isdecimal() or int(part) < 1]:
         raise ValueError(f"{what} has {wrong[0]!r}; it must be positive whole numbers with commas, such as '197,785'.")
     return tuple(map(int, found))
+
+
+def _sentence(message: str, config_classes: Sequence[Any], verb: str) -> str:
+    """What jsonargparse says, with the allowed values in words."""
+    text = " ".join(message.split())
+    key = re.match(r'Parser key "([\w.]+)"', text)
+    given = re.search(r".*(?:Given|Got) value: (.*)$", text)
+    kinds = [_kind_of(config_class, key[1]) for config_class in config_classes] if key else []
+    kind = next((kind for kind in kinds if kind is not None), None)
+    if key and given and kind is not None:
+        return f"{key[1]} is {given[1]}; it must be {_words(kind)}."
+    if text.startswith("Unexpected config"):
+        return "the file holds no settings, which are lines of the form 'name: value'."
+    if text.startswith("unrecognized arguments"):
+        return f"{text}; formix {verb} --help lists the flags."
+    return text
+
+
+def _kind_of(config_class: Any, key: str) -> Any:
+    """The annotation of a field, or of a field of a field (augmentation.mixup); None if there is none."""
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(config_class):
+            return None
+        config_class = get_type_hints(config_class).get(name)
+    return config_class
+
+
+def _takes_none(kind: Any) -> bool:
+    return kind is Any or kind is None or types.NoneType in get_args(kind)
+
+
+def _words(kind: Any) -> str:
+    """A type for people: `int | None` is "a whole number, or null"."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (types.UnionType, Union):
+        parts = [_words(part) for part in arguments if part is not types.NoneType]
+        return " or ".join(parts) + (", or null" if types.NoneType in arguments else "")
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is dict:
+        return 'a mapping such as {"name": value}'
+    if origin in (list, tuple):
+        return "a list"
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}.get(kind, "a mapping")

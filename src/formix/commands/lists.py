@@ -28,6 +28,7 @@ def data(arguments: list[str]) -> int:
     """List the data sets that --data takes."""
     from formix.data import list_data
 
+    _no_arguments("data", arguments)
     for name, line in list_data().items():
         print(f"{name:16} {line}")
     return 0
@@ -37,6 +38,12 @@ def implementations(arguments: list[str]) -> int:
     """List which implementation of which operator can run on this machine."""
     from formix.ops import implementations as known
 
+    _no_arguments("implementations", arguments)
     for row in known():
         print(f"{row.op:22} {row.impl:10} {'yes, ' + row.isa if row.available else 'no: ' + row.reason}")
     return 0
+
+
+def _no_arguments(verb: str, arguments: list[str]) -> None:
+    if arguments:
+        raise ValueError(f"formix {verb} takes no arguments, and was given {' '.join(arguments)}.")

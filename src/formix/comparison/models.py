@@ -42,6 +42,7 @@ def patch_size(img_size: tuple[int, int]) -> int:
 
 def build_model(data: Data, name: str | None, arguments: dict[str, Any], design: Any) -> Any:
     """A model for the data with the design's blocks and fresh weights; arguments override the default model's."""
+    check_arguments(data, arguments)
     base, defaults = default_model(data)
     if name is not None and name != base:
         base, defaults = name, {}
@@ -55,6 +56,19 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
             f"{base} knows {known} tokens and {data.name!r} has {data.vocab_size}; give the model's own --tokenizer."
         )
     return model
+
+
+def check_arguments(data: Data, arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` for model arguments that the data or other settings decide."""
+    decided = {"name": "model", "design": "designs", "img_size": "img_size", "task": "data"}
+    decided |= dict.fromkeys(("in_chans", "num_classes", "num_labels"), "data")
+    for name in decided.keys() & arguments.keys():
+        raise ValueError(f"model_args has {name!r}, which the setting {decided[name]!r} decides; leave it out.")
+    for name, least in data_arguments(data).items():
+        if name in ("vocab_size", "n_positions", "max_position_embeddings") and name in arguments:
+            least = min(least, data.sequence_length or 0) if name == "max_position_embeddings" else least
+            if not isinstance(arguments[name], int) or arguments[name] < least:
+                raise ValueError(f"model_args has {name}={arguments[name]!r}, and {data.name} needs {least} or more.")
 
 
 def data_arguments(data: Data) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def compare(config: CompareConfig, on_progress: Callable[[Progress], None] | Non
         limit=config.limit,
     )
     designs = _check_designs(config, data)
-    _claim(out, config)
+    _claim(out, config, data)
     able = [record.design for record in designs if record.refused is None]
     job = _Job(config=config, data=data, out=out, total=_count(config, able), on_progress=on_progress)
 
@@ -90,7 +90,7 @@ def compare(config: CompareConfig, on_progress: Callable[[Progress], None] | Non
         for name in able:
             # a design that diverged at every rate is still run with every seed, so that this is seen to be no accident
             runs.append(job.run(name, chosen[name] or config.learning_rates[0], seed))
-    runs = [replace(r, selected=chosen[r.design] is not None and r.lr == chosen[r.design]) for r in runs]
+    runs = [_marked(run, chosen[run.design]) for run in runs]
     if config.latency:
         runs = _with_latencies(runs, config, data, able)
     results = Results(
@@ -159,6 +159,12 @@ class _Job:
         return record
 
 
+def _marked(run: RunRecord, chosen: float | None) -> RunRecord:
+    """The run as results hold it: the test metric of a learning rate that was not chosen is not looked at."""
+    selected = chosen is not None and run.lr == chosen
+    return replace(run, selected=selected, test=run.test if selected else None)
+
+
 def _check_designs(config: CompareConfig, data: Data) -> list[DesignRecord]:
     """Every design with its definition, and for those that cannot do the task the reason."""
     records, reasons = [], []
@@ -222,9 +228,10 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _claim(out: Path, config: CompareConfig) -> None:
+def _claim(out: Path, config: CompareConfig, data: Data) -> None:
     """Mark the directory as this comparison's, or refuse one that is another's."""
-    path, mine = out / "config.json", {"defining": _defining(config), "config": dataclasses.asdict(config)}
+    defining = _defining(config) | {"contents of data": data.provenance.get("sha256")}
+    path, mine = out / "config.json", {"defining": defining, "config": dataclasses.asdict(config)}
     if path.is_file():
         try:
             theirs = json.loads(path.read_text())["defining"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from formix.design import GatedUnit, Mixer, Pointwise, Sima, Softmax
 from formix.ops import l1_attention, pointwise_attention
-from formix.ops.masks import causal_mask, repeat_heads
+from formix.ops.masks import causal_mask, repeat_heads, visible_mask
 
 # mixer, query, key and the boolean mask of visible pairs, if there is one
 Watcher = Callable[[Mixer, Tensor, Tensor, Tensor | None], None]

@@ -16,6 +16,10 @@ from formix.models import bert, distilbert, gpt2, llama, roberta
 
 _log = logging.getLogger("formix")
 _COUNTS = {  # fields of the configs that count something
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_positions",
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_labels",
     "intermediate_size", "max_position_embeddings", "type_vocab_size",
 }  # fmt: skip

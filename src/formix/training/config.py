@@ -62,6 +62,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ValueError(f"{name} is {value}; it must be above 0 and finite.")
+        if (self.epochs or 0) > 1e6 or (self.seconds or 0) > 1e8 or self.batch_size > 2**30:
+            raise ValueError(
+                f"epochs is {self.epochs}, seconds {self.seconds} and batch_size {self.batch_size}; a run has at most "
+                "a million epochs or three years, and a batch at most 2^30 samples."
+            )
         if self.lr > 10:
             raise ValueError(f"lr is {self.lr}; a learning rate lies between 1e-6 and 1 or so.")
         for name in ("batch_size", "accumulation", "evaluations"):

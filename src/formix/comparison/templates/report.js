@@ -38,7 +38,16 @@ function layout(extra) {
 const heading = text => ({text, xref: "paper", yref: "paper", x: 0, y: 1, xanchor: "left", yanchor: "bottom",
   xshift: -40, yshift: 8, showarrow: false, font: {color: css("--soft")}});
 
-/* Reference values: a dashed line where it lies inside the range, else a note at the edge it lies beyond. */
+/* A range widened to the reference values close by, which are worth the room. */
+function withReferences(task, range) {
+  const span = range[1] - range[0];
+  for (const value of Object.values(task.references))
+    if (value > range[0] - span && value < range[1] + span) range = [Math.min(range[0], value - span / 20), Math.max(range[1], value + span / 10)];
+  return range;
+}
+
+/* Reference values: a dashed line with its name at the right where it lies inside the range, else a note at the left of
+   the edge it lies beyond. */
 function references(task, range) {
   const shapes = [], annotations = [];
   for (const [name, value] of Object.entries(task.references)) {
@@ -52,7 +61,7 @@ function references(task, range) {
       annotations.push({...note, y: value, yref: "y", yanchor: "bottom"});
     } else {
       const below = value < range[0], stacked = annotations.filter(a => a.yref === "paper" && (a.y === 0) === below).length;
-      annotations.push({...note, yref: "paper", y: below ? 0 : 1, yanchor: below ? "bottom" : "top",
+      annotations.push({...note, x: 0, xanchor: "left", xshift: 4, yref: "paper", y: below ? 0 : 1, yanchor: below ? "bottom" : "top",
         yshift: (below ? 1 : -1) * 16 * stacked});
     }
   }
@@ -98,10 +107,7 @@ function drawTradeoff(section, task) {
   }
   chart.querySelector(":scope > p")?.remove();
   const x = d => d.latency[setting], bar = d => d.deviation || 0;
-  let yrange = bounds(shown.flatMap(d => [d.mean - bar(d), d.mean + bar(d)]), .15);
-  const span = yrange[1] - yrange[0];
-  for (const value of Object.values(task.references))  // a reference close by is worth the room
-    if (value > yrange[0] - span && value < yrange[1] + span) yrange = [Math.min(yrange[0], value - span / 20), Math.max(yrange[1], value + span / 10)];
+  const yrange = withReferences(task, bounds(shown.flatMap(d => [d.mean - bar(d), d.mean + bar(d)]), .15));
   const xrange = bounds(shown.map(x), .18);
   xrange[0] = Math.max(xrange[0], 0);
   const best = shown.filter(d => d.pareto.includes(setting)).sort((a, b) => x(a) - x(b));
@@ -142,11 +148,12 @@ function drawCurves(section, task) {
   const chart = section.querySelector(".curves");
   const quantity = section.querySelector("[name=quantity]").value, along = section.querySelector("[name=along]").value;
   const late = section.querySelector("[name=range]").value === "end", axes = {xaxis: {rangemode: "tozero"}, yaxis: {}};
-  const bands = [], lines = [], last = [];
+  const bands = [], lines = [], every = [], last = [];
   for (const d of task.designs) {
     if (!d.curve) continue;
     const points = d.curve[along].map((x, i) => ({x, y: d.curve[quantity][i], s: d.curve[`${quantity}_deviation`][i]})).filter(p => p.y !== null);
     if (!points.length) continue;
+    every.push(...points);
     last.push(...points.filter(p => p.x >= points.at(-1).x * 2 / 3));
     const wide = points.filter(p => p.s !== null), group = {legendgroup: d.name, name: d.name};
     if (wide.length) bands.push({...group, x: [...wide, ...wide.toReversed()].map(p => p.x), hoverinfo: "skip", showlegend: false,
@@ -165,8 +172,9 @@ function drawCurves(section, task) {
   chart.querySelector(":scope > p")?.remove();
   if (late) {
     axes.xaxis = {range: bounds(last.map(p => p.x), .02)};
-    axes.yaxis = {range: bounds(last.flatMap(p => [p.y - (p.s || 0), p.y + (p.s || 0)]), .05)};
   }
+  const reach = bounds((late ? last : every).flatMap(p => [p.y - (p.s || 0), p.y + (p.s || 0)]), .05);
+  axes.yaxis = {range: quantity === "validation" && !late ? withReferences(task, reach) : reach};
   const {shapes, annotations} = quantity === "validation" ? references(task, axes.yaxis.range) : {shapes: [], annotations: []};
   const names = {step: "Training step", epoch: "Epoch", seconds: "Training time, s"};
   const label = quantity === "validation" ? `Validation ${task.metric}` : "Training loss";
