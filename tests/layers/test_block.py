@@ -322,6 +322,6 @@ def test_takes_a_layer_of_a_design(any_layer):
 def test_unknown_designs_are_refused():
     with pytest.raises(ValueError, match="'sofmax' is no design"):
         Block(DIM, HEADS, design="sofmax")
-    with pytest.raises(ValueError, match="with 1 layers the distance"):
+    with pytest.raises(ValueError, match="a model of 1 layer has no earlier layer"):
         Block(DIM, HEADS, design="skip")
     assert isinstance(Block(DIM, HEADS).attn.mixer, Softmax)
