@@ -9,25 +9,26 @@ static INLINE const char *row_of(const FormixTensor &t, int64_t type, long b, lo
   return (const char *)t.data + (b * t.batch + h * t.head + n * t.token) * element_size(type);
 }
 
-// n elements -> floats, zeros up to `padded` (a multiple of W).
-static INLINE void read_row(const void *source, int64_t type, int n, int padded, float *to) {
-  int i = 0;
+// Elements d ... d + W of a row of n, as floats; zeros past its end.
+static INLINE vf read_floats(const void *row, int64_t type, int n, int d) {
   if (type == FORMIX_F32) {
-    auto p = (const float *)source;
-    for (; i + W <= n; i += W) store(to + i, load(p + i));
-    for (; i < n; i++) to[i] = p[i];
-  } else {
-    auto p = (const uint16_t *)source;
-    auto widen = [&](vh x) { return type == FORMIX_BF16 ? from_bf16(x) : from_f16(x); };
-    for (; i + W <= n; i += W) store(to + i, widen(*(const vh_at *)(p + i)));
-    if (i < n) {
-      uint16_t rest[W] = {};
-      for (int j = 0; i + j < n; j++) rest[j] = p[i + j];
-      store(to + i, widen(*(const vh_at *)rest));
-      i += W;
-    }
+    auto p = (const float *)row + d;
+    if (d + W <= n) return load(p);
+    float rest[W] = {};
+    for (int i = 0; d + i < n; i++) rest[i] = p[i];
+    return load(rest);
   }
-  for (; i < padded; i++) to[i] = 0;
+  auto p = (const uint16_t *)row + d;
+  uint16_t rest[W] = {};
+  if (d + W > n) {
+    for (int i = 0; d + i < n; i++) rest[i] = p[i];
+    p = rest;
+  }
+  const vh x = *(const vh_at *)p;
+  return type == FORMIX_BF16 ? from_bf16(x) : from_f16(x);
+}
+static INLINE void read_row(const void *source, int64_t type, int n, int padded, float *to) {
+  for (int d = 0; d < padded; d += W) store(to + d, read_floats(source, type, n, d));
 }
 static INLINE void write_row(void *target, int64_t type, int n, const float *from) {
   int i = 0;
@@ -48,35 +49,37 @@ static INLINE void write_row(void *target, int64_t type, int n, const float *fro
   }
 }
 
-// A row as units along its channels: floats, or bf16 pairs (the input is bf16 then, and keeps its bits).
+// Units d ... d + W of a row of n channels: floats, or bf16 pairs (the input is bf16 then, and keeps its bits).
+template <class T> static INLINE vu read_vector(const void *row, int64_t type, int n, int d) {
+  if constexpr (T::per_unit == 1) return (vu)read_floats(row, type, n, d);
+  auto p = (const uint16_t *)row + 2 * d;
+  if (2 * (d + W) <= n) return load((const uint32_t *)p);
+  uint16_t rest[2 * W] = {};
+  for (int i = 0; 2 * d + i < n; i++) rest[i] = p[i];
+  return load((const uint32_t *)rest);
+}
 template <class T> static INLINE void read_units(const void *source, int64_t type, int n, int padded, typename T::unit *to) {
-  if constexpr (T::per_unit == 1) {
-    read_row(source, type, n, padded, to);
-  } else {
-    memcpy(to, source, n * 2);
-    memset((char *)to + n * 2, 0, padded * 4 - n * 2);
-  }
+  for (int d = 0; d < padded; d += W) store((uint32_t *)to + d, read_vector<T>(source, type, n, d));
 }
 
 // Rows [n][channels] -> panels [n / NR][units of channels][NR]: B for a product over channels (scores, dO V^T).
-// `units` is padded to W in the panels' source rows but only `units` rows of each panel are written.
+// Tiles are multiplied whole, so with them the units of channels are padded with zeros to TILE.
+template <class T> static INLINE int units_of(long channels) {
+  const int units = (channels + T::per_unit - 1) / T::per_unit;
+  return T::tiles ? round_up(units, W) : units;
+}
 template <class T>
 static void pack_transposed(const FormixTensor &t, int64_t type, long b, long h, long first, int n, int channels,
                             typename T::unit *to) {
   using unit = typename T::unit;
-  const int units = (channels + T::per_unit - 1) / T::per_unit;
-  alignas(64) unit rows[W][256];
-  for (int j = 0; j < round_up(n, W); j += W) {
+  const int units = units_of<T>(channels);
+  for (int j = 0; j < round_up(n, T::tiles ? NR : W); j += W) {
     unit *panel = to + (long)(j / NR) * units * NR + j % NR;
-    for (int r = 0; r < W; r++)
-      if (j + r < n)
-        read_units<T>(row_of(t, type, b, h, first + j + r), type, channels, round_up(units, W), rows[r]);
-      else
-        memset(rows[r], 0, round_up(units, W) * 4);
     for (int d = 0; d < units; d += W) {
       vu block[W];
 #pragma GCC unroll 16
-      for (int r = 0; r < W; r++) block[r] = load((const uint32_t *)&rows[r][d]);
+      for (int r = 0; r < W; r++)
+        block[r] = j + r < n ? read_vector<T>(row_of(t, type, b, h, first + j + r), type, channels, d) : vu{};
       transpose(block);
       if (d + W <= units)
 #pragma GCC unroll 16
@@ -87,6 +90,17 @@ static void pack_transposed(const FormixTensor &t, int64_t type, long b, long h,
   }
 }
 
+// Elements d ... d + W of two rows of bf16, side by side.
+static INLINE vu read_pair(const void *low, const void *high, int n, int d) {
+  uint16_t rest[2][W] = {};
+  auto a = (const uint16_t *)low + d, b = (const uint16_t *)high + d;
+  if (d + W > n) {
+    for (int i = 0; d + i < n; i++) rest[0][i] = a[i], rest[1][i] = b[i];
+    a = rest[0], b = rest[1];
+  }
+  return __builtin_convertvector(*(const vh_at *)a, vu) | (__builtin_convertvector(*(const vh_at *)b, vu) << 16);
+}
+
 // Tokens left out by a padding mask: null if there are none.
 struct Padding {
   const uint8_t *tokens = nullptr;
@@ -95,31 +109,25 @@ struct Padding {
 };
 
 // Rows [n][channels] -> [units of n][ld]: an operand of a product over tokens (P V, dS K, P^T dO). Padded channels and
-// masked tokens are zero. ld = 0: rows without gaps.
+// masked tokens are zero. ld = 0: rows without gaps. `block`: between W channels of a row and the next, which for tiles
+// do not lie side by side.
 template <class T>
 static void pack_rows(const FormixTensor &t, int64_t type, long b, long h, long first, int n, int channels,
-                      typename T::unit *to, long ld = 0, Padding padding = {}) {
+                      typename T::unit *to, long ld = 0, Padding padding = {}, long block = W) {
   const int padded = round_up(channels, W);
   if (ld == 0) ld = padded;
-  if constexpr (T::per_unit == 1) {
-    for (int j = 0; j < n; j++)
-      if (padding.masked(first + j))
-        memset(to + j * ld, 0, sizeof(float) * padded);
+  alignas(64) static const uint16_t nothing[2 * 256] = {};  // as many zeros as a row has bytes
+  auto row = [&](long j) -> const void * {
+    return j < n && !padding.masked(first + j) ? row_of(t, type, b, h, first + j) : (const char *)nothing;
+  };
+  for (int j = 0; j < n; j += T::per_unit) {
+    const void *low = row(j), *high = row(j + 1);
+    for (int d = 0; d < padded; d += W) {
+      uint32_t *put = (uint32_t *)to + j / T::per_unit * ld + d / W * block;
+      if constexpr (T::per_unit == 1)
+        store(put, read_vector<T>(low, type, channels, d));
       else
-        read_row(row_of(t, type, b, h, first + j), type, channels, padded, to + j * ld);
-  } else {
-    alignas(64) uint16_t rows[2][512];
-    for (int j = 0; j < n; j += 2) {
-      for (int r = 0; r < 2; r++)
-        if (j + r < n && !padding.masked(first + j + r))
-          read_units<T>(row_of(t, type, b, h, first + j + r), type, channels, padded / 2, (uint32_t *)rows[r]);
-        else
-          memset(rows[r], 0, padded * 2);
-      for (int d = 0; d < padded; d += W) {
-        vu low = __builtin_convertvector(*(const vh_at *)(rows[0] + d), vu);
-        vu high = __builtin_convertvector(*(const vh_at *)(rows[1] + d), vu);
-        store(to + (j / 2) * ld + d, low | (high << 16));
-      }
+        store(put, read_pair(low, high, channels, d));
     }
   }
 }

@@ -77,7 +77,7 @@ template <class T> struct PointwiseBackward {
 
   PointwiseBackward(const FormixPointwise &p, long b, long g)
       : p(p), b(b), g(g), group(p.Hq / p.Hkv), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)),
-        units((D + T::per_unit - 1) / T::per_unit), units_v((Dv + T::per_unit - 1) / T::per_unit), block_keys(keys_of(p)),
+        units(units_of<T>(D)), units_v(units_of<T>(Dv)), block_keys(keys_of(p)),
         block_rows(even_block(p.Nq, GRAD_ROWS, MR)) {}
 
   void read_rows(long h, long i0, int rows) const {

@@ -1,20 +1,16 @@
 // O_i = L_i^-a sum_j h(scale q_i . k_j) v_j (arXiv 2309.08586), without a tensor of scores.
 //
 // There is no row maximum or sum to carry, so a block of scores goes through h straight into the second product.
-// Loops: keys in blocks that fit L2, packed once; inside, ROWS queries at a time; inside, score blocks of ROWS x KEYS.
+// Loops: keys in blocks that fit L2, packed once; inside, ROWS queries at a time; inside, blocks of scores.
 #pragma once
 #include "activation.h"
 #include "mask.h"
 #include "pack.h"
 #include "parts.h"
-#include "scratch.h"
-
 #if defined(FORMIX_TILES)
-constexpr int ROWS = 64;            // query rows of a score block
-#else
-constexpr int ROWS = 48;
+#include "pointwise_tiles.h"
 #endif
-constexpr long L2_BUDGET = 640000;  // bytes of packed keys and values
+#include "scratch.h"
 
 // Gives `put` the weights h(scale * s + bias) of one row of n scores.
 template <int ACT, class Put> static INLINE void weigh(const float *s, int n, float scale, float bias, Put put) {
@@ -24,135 +20,199 @@ template <int ACT, class Put> static INLINE void weigh(const float *s, int n, fl
   }
 }
 
-// False: no memory.
-template <class T> static bool pointwise_forward_task(const FormixPointwise &p, long b, long g, long part, long parts) {
+// Query rows first_block * ROWS ... last_block * ROWS of the heads that share key head g, counted through those heads.
+template <class T> struct PointwiseForward {
   using unit = typename T::unit;
-  const int D = p.D, Dv = p.Dv, Dvp = round_up(Dv, W), units = (D + T::per_unit - 1) / T::per_unit;
-  const long group = p.Hq / p.Hkv, blocks_per_head = (p.Nq + ROWS - 1) / ROWS, blocks = group * blocks_per_head;
-  const long first_block = blocks * part / parts, last_block = blocks * (part + 1) / parts;
-  const long block_keys = greatest(1L, L2_BUDGET / ((units + (long)Dvp / T::per_unit) * 4 * KEYS)) * KEYS;
-  const bool one_block = p.Nk <= block_keys;
-  const long keys_held = one_block ? round_up(p.Nk, NR) : block_keys;
+#if defined(FORMIX_TILES)
+  static constexpr int ROWS = T::tiles ? TILE_ROWS : 48;      // query rows of a block of scores
+  static constexpr long L2_BUDGET = T::tiles ? 1200000 : 640000;  // bytes of packed keys and values: tiles come with 2 MB of L2
+#else
+  static constexpr int ROWS = 48;
+  static constexpr long L2_BUDGET = 640000;
+#endif
+  const FormixPointwise &p;
+  const long b, g;
+  const int D, Dv, Dvp, units;
+  const long group, blocks_per_head, first_block, last_block, held_blocks;
+  const long block_keys;
+  const bool one_block;  // of keys: a block of queries is done before the next begins
+  const long keys_held, ld_v;
+  // relu and the identity commute with a positive scale, which is applied at the end then. Floats are done after the first
+  // product, whose store knows relu.
+  const bool linear, relu_in_place;
+  float after;  // the factor at the end, besides L^-a
+  unit *K, *V, *Q;
+  float *S;
+  unit *P;  // the weights; floats stay where the scores were
+  float *O, *factor, *bias;
 
-  // relu and the identity commute with the scale, which is applied at the end then. Floats are done after the first
-  // product: its store knows relu.
-  const bool in_place = p.activation == FORMIX_RELU && p.scale >= 0, linear = in_place || p.activation == FORMIX_IDENTITY;
-  const float scale = linear ? 1.0f : (float)p.scale, after = linear ? (float)p.scale : 1.0f;
-  const bool done = linear && T::per_unit == 1;
+  static long blocks_of(const FormixPointwise &p) { return p.Hq / p.Hkv * ((p.Nq + ROWS - 1) / ROWS); }
 
-  // Working memory.
-  const long held_rows = one_block ? ROWS : (last_block - first_block) * ROWS;
-  const long size_k = keys_held * units, size_v = (keys_held / T::per_unit + 1) * Dvp, size_q = ROWS * LDA,
-             size_s = ROWS * LDA, size_p = T::per_unit == 1 ? 0 : ROWS * LDA, size_o = held_rows * Dvp,
-             size_rows = (last_block - first_block) * ROWS;
-  auto *memory = (float *)formix::scratch(4 * (size_k + size_v + size_q + size_s + size_p + size_o + 2 * size_rows + 256));
-  if (!memory) return false;
-  auto take = [&](long n) { float *r = memory; memory += round_up(n, 16); return r; };
-  unit *K = (unit *)take(size_k), *V = (unit *)take(size_v), *Q = (unit *)take(size_q);
-  float *S = take(size_s), *P = take(size_p), *O = take(size_o), *factor = take(size_rows), *bias = take(size_rows);
-  const unit *weights = T::per_unit == 1 ? (unit *)S : (unit *)P;
-  typename T::session session;
-  (void)session;
+  PointwiseForward(const FormixPointwise &p, long b, long g, long part, long parts)
+      : p(p), b(b), g(g), D(p.D), Dv(p.Dv), Dvp(round_up(Dv, W)), units(units_of<T>(D)), group(p.Hq / p.Hkv),
+        blocks_per_head((p.Nq + ROWS - 1) / ROWS), first_block(blocks_of(p) * part / parts),
+        last_block(blocks_of(p) * (part + 1) / parts), held_blocks(last_block - first_block),
+        block_keys(greatest(1L, L2_BUDGET / ((units + (long)Dvp / T::per_unit) * 4 * KEYS)) * KEYS),
+        one_block(p.Nk <= block_keys), keys_held(one_block ? round_up(p.Nk, NR) : block_keys),
+        ld_v(T::tiles ? W : Dvp), linear(p.scale > 0 && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)),
+        relu_in_place(linear && p.activation == FORMIX_RELU && T::per_unit == 1), after(linear ? (float)p.scale : 1.0f) {}
 
-  auto head_of = [&](long block) { return g * group + block / blocks_per_head; };
-  for (long block = first_block; block < last_block;) {
-    long next = least(last_block, (block / blocks_per_head + 1) * blocks_per_head), row = block % blocks_per_head * ROWS;
-    Visibility(p, b, head_of(block))
-        .rows(p, row, least((next - block) * ROWS, p.Nq - row), factor + (block - first_block) * ROWS,
-              bias + (block - first_block) * ROWS);
-    block = next;
+  // Lays out the working memory; with memory = null only measures it.
+  long lay_out(float *memory) {
+    float *next = memory;
+    auto take = [&](long n) { float *r = next; next += round_up(n, 16); return r; };
+    K = (unit *)take(keys_held * units), V = (unit *)take((keys_held / T::per_unit + 1) * Dvp), Q = (unit *)take(ROWS * LDA);
+    S = take(ROWS * LDA), P = (unit *)(T::per_unit == 1 ? S : take(ROWS * LDA));
+    O = take((one_block ? 1 : held_blocks) * ROWS * Dvp), factor = take(held_blocks * ROWS), bias = take(held_blocks * ROWS);
+    return next - memory;
   }
 
-  // No row of this part sees a key from here on.
-  const bool one_head = first_block / blocks_per_head == (last_block - 1) / blocks_per_head;
-  const long last_key = p.causal && one_head ? least(p.Nk, ((last_block - 1) % blocks_per_head + 1) * ROWS) : p.Nk;
+  long head_of(long block) const { return g * group + block / blocks_per_head; }
 
-  for (long k0 = 0; k0 < p.Nk; k0 += block_keys) {
-    const long k1 = least(p.Nk, k0 + block_keys);
-    if (k0 < last_key) {
-      pack_transposed<T>(p.k, p.type, b, g, k0, k1 - k0, D, K);
-      pack_rows<T>(p.v, p.type, b, g, k0, k1 - k0, Dv, V);
+  void run() {
+    typename T::session session;
+    (void)session;
+    for (long block = first_block; block < last_block;) {
+      const long next = least(last_block, (block / blocks_per_head + 1) * blocks_per_head),
+                 row = block % blocks_per_head * ROWS, at = (block - first_block) * ROWS;
+      Visibility(p, b, head_of(block)).rows(p, row, least((next - block) * ROWS, p.Nq - row), factor + at, bias + at);
+      block = next;
     }
-    long seen_head = -1;
-    Visibility see(p, b, head_of(first_block));
-    for (long block = first_block; block < last_block; block++) {
-      const long h = head_of(block), i0 = block % blocks_per_head * ROWS;
-      const int rows = least((long)ROWS, p.Nq - i0);
-      if (h != seen_head) see = Visibility(p, b, h), seen_head = h;
-      const long end = least(k1, see.limit_of(i0 + rows - 1));
-      float *o = O + (one_block ? 0 : (block - first_block) * ROWS * Dvp);
-      if (k0 == 0) memset(o, 0, sizeof(float) * rows * Dvp);
-      if (end > k0)
-        for (int r = 0; r < rows; r++)
-          read_units<T>(row_of(p.q, p.type, b, h, i0 + r), p.type, D, round_up(units, W), Q + r * LDA);
+    // No row of this part sees a key from here on.
+    const bool one_head = first_block / blocks_per_head == (last_block - 1) / blocks_per_head;
+    const long last_key = p.causal && one_head ? least(p.Nk, ((last_block - 1) % blocks_per_head + 1) * ROWS) : p.Nk;
 
-      for (long j0 = k0; j0 < end; j0 += KEYS) {
-        const int n = least((long)KEYS, end - j0), padded = round_up(n, W);
-        for (int j = 0; j < n; j += NR) {  // S = Q K^T
-          const unit *panel = K + ((j0 - k0 + j) / NR) * units * NR;
-          int from = 0;  // whole groups of rows that come before this panel's first key need nothing
-          if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / MR * MR));
-          unit *q = Q + from * LDA;
-          float *s = S + from * LDA + j;
-          if constexpr (T::per_unit == 1) {
-            if (in_place) {
-              gemm_panel<T, false, SET_RELU>(rows - from, n - j, units, q, 0, panel, NR, s, LDA);
-              continue;
-            }
-          }
-          gemm_panel<T, false, SET>(rows - from, n - j, units, q, 0, panel, NR, s, LDA);
+    for (long k0 = 0; k0 < p.Nk; k0 += block_keys) {
+      const long k1 = least(p.Nk, k0 + block_keys);
+      if (k0 < last_key) pack_keys(k0, k1 - k0);
+      long seen_head = -1;
+      Visibility see(p, b, head_of(first_block));
+      for (long block = first_block; block < last_block; block++) {
+        const long h = head_of(block), i0 = block % blocks_per_head * ROWS, at = (block - first_block) * ROWS;
+        const int rows = least((long)ROWS, p.Nq - i0);
+        if (h != seen_head) see = Visibility(p, b, h), seen_head = h;
+        float *o = O + (one_block ? 0 : at * Dvp);
+        if (k0 == 0) memset(o, 0, sizeof(float) * ROWS * Dvp);
+        const long end = least(k1, see.limit_of(i0 + rows - 1));
+        if (end > k0) accumulate(see, h, i0, rows, k0, end, bias + at, o);
+        if (k1 == p.Nk) write(h, i0, rows, factor + at, o);
+      }
+    }
+  }
+
+  void pack_keys(long k0, int n) const {
+    pack_transposed<T>(p.k, p.type, b, g, k0, n, D, K);
+    if constexpr (T::tiles) {  // as tiles, whole ones
+      const long held = keys_held / T::per_unit, from = (n + 1) / 2, to = round_up(n, NR) / 2;
+      pack_rows<T>(p.v, p.type, b, g, k0, n, Dv, V, ld_v, {}, ld_v * held);
+      for (int d = 0; d < Dvp; d += W) memset(V + d * held + from * ld_v, 0, sizeof(unit) * ld_v * (to - from));
+    } else {
+      pack_rows<T>(p.v, p.type, b, g, k0, n, Dv, V);
+    }
+  }
+
+  // Adds to o what keys k0 ... end give to `rows` queries from i0 on.
+  void accumulate(const Visibility &see, long h, long i0, int rows, long k0, long end, const float *shift, float *o) {
+    const int ld_q = T::tiles ? units : LDA;
+    for (int r = 0; r < rows; r++)
+      read_units<T>(row_of(p.q, p.type, b, h, i0 + r), p.type, D, round_up(units, W), Q + r * ld_q);
+#if defined(FORMIX_TILES)
+    if constexpr (T::tiles) {
+      memset(Q + rows * ld_q, 0, sizeof(unit) * (round_up(rows, PANEL) - rows) * ld_q);
+      with_activation(p.activation, [&](auto act) {
+        constexpr int ACT = decltype(act)::value;
+        const bool plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
+        const Bf16Activation<ACT> f(plain ? (float)p.scale : 1.0f);
+        after = f.factor;
+        for (long j0 = k0; j0 < end; j0 += TILE_KEYS) {
+          const int n = least((long)TILE_KEYS, end - j0);
+          const unit *k = K + (j0 - k0) * units;
+          if (plain)
+            tile_weights<ACT, true>(f, see, i0, rows, j0, n, units / TILE, Q, k, 1, shift, P);
+          else
+            tile_weights<ACT, false>(f, see, i0, rows, j0, n, units / TILE, Q, k, (float)p.scale, shift, P);
+          tile_output(see, i0, rows, j0, n, P, V + (j0 - k0) / 2 * ld_v, keys_held / 2, Dvp, o, Dvp);
         }
-        const bool masked = see.mask || (see.causal && j0 + n > i0 + 1);
-        if (!done || masked)
-          with_activation(p.activation, [&](auto act) {
-            for (int r = 0; r < rows; r++) {
-              float *s = S + r * LDA, shift = bias[(block - first_block) * ROWS + r];
-              if constexpr (T::per_unit == 1) {
-                if (!done) weigh<decltype(act)::value>(s, padded, scale, shift, [&](int j, vf w) { store(s + j, w); });
-                if (masked) see.apply(i0 + r, j0, j0 + n, s);
-              } else {
-                auto *pairs = (uint16_t *)(P + r * LDA);
-                auto narrow = [&](int j, vf w) { *(vh_at *)(pairs + j) = to_bf16(w); };
-                if (masked) {
-                  weigh<decltype(act)::value>(s, padded, scale, shift, [&](int j, vf w) { store(s + j, w); });
-                  see.apply(i0 + r, j0, j0 + n, s);
-                  for (int j = 0; j < padded; j += W) narrow(j, load(s + j));
-                } else {
-                  weigh<decltype(act)::value>(s, padded, scale, shift, narrow);
-                }
-                if (n & 1) pairs[n] = 0;
-              }
-            }
-          });
-        constexpr int STEP = T::tiles ? 32 : MR;
-        for (int r = 0; r < rows; r += STEP) {  // O += P V
-          const int m = least(STEP, rows - r);
-          const long k = see.causal ? greatest(0L, least((long)n, i0 + r + m - j0)) : n;
-          for (int d = 0; d < Dv; d += NR)
-            gemm_panel<T, false, ADD>(m, Dv - d, (k + T::per_unit - 1) / T::per_unit, weights + r * LDA, 0,
-                                      V + (j0 - k0) / T::per_unit * Dvp + d, Dvp, o + r * Dvp + d, Dvp);
+      });
+      return;
+    }
+#endif
+    for (long j0 = k0; j0 < end; j0 += KEYS) {
+      const int n = least((long)KEYS, end - j0);
+      scores(see, i0, rows, j0, n, K + (j0 - k0) * units);
+      weights(see, i0, rows, j0, n, shift);
+      for (int r = 0; r < rows; r += MR) {  // O += P V
+        const int m = least(MR, rows - r);
+        const long k = see.causal ? greatest(0L, least((long)n, i0 + r + m - j0)) : n;
+        for (int d = 0; d < Dv; d += NR)
+          gemm_panel<T, false, ADD>(m, Dv - d, (k + T::per_unit - 1) / T::per_unit, P + r * LDA, 0,
+                                    V + (j0 - k0) / T::per_unit * Dvp + d, Dvp, o + r * Dvp + d, Dvp);
+      }
+    }
+  }
+
+  void scores(const Visibility &see, long i0, int rows, long j0, int n, const unit *panel) const {  // S = Q K^T
+    for (int j = 0; j < n; j += NR, panel += units * NR) {
+      int from = 0;  // whole groups of rows that come before this panel's first key need nothing
+      if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / MR * MR));
+      const unit *q = Q + from * LDA;
+      float *s = S + from * LDA + j;
+      if constexpr (T::per_unit == 1) {
+        if (relu_in_place) {
+          gemm_panel<T, false, SET_RELU>(rows - from, n - j, units, q, 0, panel, NR, s, LDA);
+          continue;
         }
       }
-      if (k1 == p.Nk)  // the last keys: scale and write
-        for (int r = 0; r < rows; r++) {
-          const float f = factor[(block - first_block) * ROWS + r] * after;
-          float *x = o + r * Dvp;
-          for (int d = 0; d < Dvp; d += W) store(x + d, load(x + d) * f);
-          write_row((void *)row_of(p.out, p.type, b, h, i0 + r), p.type, Dv, x);
-        }
+      gemm_panel<T, false, SET>(rows - from, n - j, units, q, 0, panel, NR, s, LDA);
     }
   }
-  return true;
-}
+
+  void weights(const Visibility &see, long i0, int rows, long j0, int n, const float *shift) const {
+    const int padded = round_up(n, W);
+    const float scale = linear ? 1.0f : (float)p.scale;
+    const bool masked = see.mask || (see.causal && j0 + n > i0 + 1), done = linear && T::per_unit == 1;
+    if (done && !masked) return;
+    with_activation(p.activation, [&](auto act) {
+      for (int r = 0; r < rows; r++) {
+        float *s = S + r * LDA;
+        auto keep_float = [&](int j, vf w) { store(s + j, w); };
+        if constexpr (T::per_unit == 1) {
+          if (!done) weigh<decltype(act)::value>(s, padded, scale, shift[r], keep_float);
+          if (masked) see.apply(i0 + r, j0, j0 + n, s);
+        } else {
+          auto *pairs = (uint16_t *)(P + r * LDA);
+          auto narrow = [&](int j, vf w) { *(vh_at *)(pairs + j) = to_bf16(w); };
+          if (masked) {
+            weigh<decltype(act)::value>(s, padded, scale, shift[r], keep_float);
+            see.apply(i0 + r, j0, j0 + n, s);
+            for (int j = 0; j < padded; j += W) narrow(j, load(s + j));
+          } else {
+            weigh<decltype(act)::value>(s, padded, scale, shift[r], narrow);
+          }
+          if (n & 1) pairs[n] = 0;
+        }
+      }
+    });
+  }
+
+  void write(long h, long i0, int rows, const float *f, float *o) const {
+    for (int r = 0; r < rows; r++, o += Dvp) {
+      for (int d = 0; d < Dvp; d += W) store(o + d, load(o + d) * (f[r] * after));
+      write_row((void *)row_of(p.out, p.type, b, h, i0 + r), p.type, Dv, o);
+    }
+  }
+};
 
 template <class T> static int pointwise_forward(const FormixPointwise &p) {
-  const long pairs = p.B * p.Hkv, blocks = p.Hq / p.Hkv * ((p.Nq + ROWS - 1) / ROWS);
-  const long parts = parts_for(pairs, p.threads, blocks, p.causal);
+  const long pairs = p.B * p.Hkv, parts = parts_for(pairs, p.threads, PointwiseForward<T>::blocks_of(p), p.causal);
   int failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads) reduction(| : failed)
   for (long task = 0; task < pairs * parts; task++) {
     const long part = parts - 1 - task % parts, pair = task / parts;  // causal: the longest part first
-    failed |= !pointwise_forward_task<T>(p, pair / p.Hkv, pair % p.Hkv, part, parts);
+    PointwiseForward<T> forward(p, pair / p.Hkv, pair % p.Hkv, part, parts);
+    auto *memory = (float *)formix::scratch(4 * forward.lay_out(nullptr));
+    if (memory) forward.lay_out(memory), forward.run();
+    failed |= !memory;
   }
   return failed;
 }

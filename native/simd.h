@@ -82,6 +82,11 @@ static INLINE vh to_bf16(vf x) {
   return __builtin_convertvector(bf16_bits(x), vh);
 #endif
 }
+#if defined(__AVX512BF16__)
+static INLINE vu bf16_pair(vf low, vf high) {  // 32 neighbours: those of `low` come first
+  return (vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+#endif
 // fp16 <-> fp32 by integer arithmetic (Giesen): works without F16C and on any compiler.
 static INLINE vf from_f16(vh h) {
   vu x = __builtin_convertvector(h, vu);

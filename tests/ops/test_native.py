@@ -151,6 +151,29 @@ def test_activation_over_the_whole_range(isa, activation):
     assert slope_error.max() < 2e-6
 
 
+@pytest.mark.parametrize("activation", list(H))
+def test_activation_in_bfloat16(isa, activation):
+    """As above for bfloat16, whose weights the kernels may approximate to 4e-4, and slopes to 1e-3, besides rounding."""
+    s = torch.cat([torch.linspace(-40, 40, 20001), torch.logspace(-20, 10, 200), -torch.logspace(-20, 10, 200)])
+    s = s.bfloat16().view(1, 1, -1, 1).requires_grad_()
+    one = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    for scale in (1.0, 0.3, -1.0):
+        out = native.pointwise_attention(s, one, one, activation=activation, scale=scale)
+        (slope,) = torch.autograd.grad(out.sum(), s)
+        exact = s.detach().double().requires_grad_()
+        expected = H[activation](exact * scale)
+        (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
+        assert ((out.double() - expected).abs() <= 4e-4 + 2**-7 * expected.abs()).all()
+        clear = (exact.detach() * scale).abs() > 1e-12
+        if activation == "relu6":
+            clear &= ((exact.detach() * scale) - 6).abs() > 1e-3
+        assert ((slope.double() - expected_slope).abs() <= 1e-3 + 2**-7 * expected_slope.abs())[clear].all()
+    for infinite, limit in ((-math.inf, {"identity": -math.inf}.get(activation, 0.0)), (math.inf, math.inf)):
+        limit = {"sigmoid": 1.0, "relu6": 6.0}.get(activation, limit) if infinite > 0 else limit
+        out = native.pointwise_attention(one * infinite, one, one, activation=activation, scale=1.0)
+        assert out.item() == pytest.approx(limit, abs=1e-30)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_is_not_hidden(isa, activation):
     q, k, v = qkv(b=1, h=1, n=20)
