@@ -24,7 +24,7 @@ template <int ACT, class Put> static INLINE void weigh(const float *s, int n, fl
 template <class T> struct PointwiseForward {
   using unit = typename T::unit;
 #if defined(FORMIX_TILES)
-  static constexpr int ROWS = T::tiles ? TILE_ROWS : 48;      // query rows of a block of scores
+  static constexpr int ROWS = T::tiles ? PANEL : 48;      // query rows of a block of scores
   static constexpr long L2_BUDGET = T::tiles ? 1200000 : 640000;  // bytes of packed keys and values: tiles come with 2 MB of L2
 #else
   static constexpr int ROWS = 48;
@@ -127,11 +127,14 @@ template <class T> struct PointwiseForward {
         for (long j0 = k0; j0 < end; j0 += TILE_KEYS) {
           const int n = least((long)TILE_KEYS, end - j0);
           const unit *k = K + (j0 - k0) * units;
-          if (plain)
-            tile_weights<ACT, true>(f, see, i0, rows, j0, n, units / TILE, Q, k, 1, shift, P);
-          else
-            tile_weights<ACT, false>(f, see, i0, rows, j0, n, units / TILE, Q, k, (float)p.scale, shift, P);
-          tile_output(see, i0, rows, j0, n, P, V + (j0 - k0) / 2 * ld_v, keys_held / 2, Dvp, o, Dvp);
+          auto weigh = [&](auto is_plain, auto two) {
+            tile_weights<ACT, is_plain.value, two.value>(f, see, i0, rows, j0, n, units / TILE, Q, k, (float)p.scale, shift, P);
+          };
+          auto by_height = [&](auto is_plain) {
+            rows > TILE ? weigh(is_plain, Constant<1>{}) : weigh(is_plain, Constant<0>{});
+          };
+          plain ? by_height(Constant<1>{}) : by_height(Constant<0>{});
+          tile_output(rows, n, P, V + (j0 - k0) / 2 * ld_v, keys_held / 2, Dvp, o, Dvp);
         }
       });
       return;
