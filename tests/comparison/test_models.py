@@ -48,7 +48,7 @@ def test_masked_language_models_predict_every_token_of_the_longest_windows(tmp_p
 
 def test_a_directory_keeps_its_sizes_and_gets_the_outputs_of_the_task(tmp_path):
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 77}
-    formix.save(formix.create_model("bert-tiny", "softmax", **sizes), tmp_path / "bert")
+    formix.save(formix.create_model("bert-tiny", "softmax", task="features", **sizes), tmp_path / "bert")
     (tmp_path / "CoLA").mkdir()
     (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\twords {i}\n" for i in range(20)))
     (tmp_path / "CoLA" / "dev.tsv").write_text("x\t1\t\twords\n")

@@ -48,7 +48,9 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
         base, defaults = name, {}
     decided = data_arguments(data)
     if Path(base, "config.json").is_file():  # a directory brings its own sizes, and only the output is the task's
-        decided = {key: decided[key] for key in ("num_classes", "num_labels", "task") if key in decided}
+        decided = {key: decided[key] for key in ("num_classes", "num_labels") if key in decided}
+        if data.task != "image-classification":
+            decided["task"] = data.task.replace("regression", "classification")
     model = create_model(base, design=design, **{**defaults, **decided, **arguments})
     known = getattr(getattr(model, "config", None), "vocab_size", None)
     if known is not None and data.vocab_size is not None and known < data.vocab_size:
