@@ -16,6 +16,7 @@ from formix.cli import main
 SMALL = [
     "--data=digits", "--design=relu", "--epochs=3", "--limit=128", "--batch-size=32", "--precision=float32",
     '--model_args={"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 4}', "--log-steps=1", "--evaluations=3",
+    "--threads=1",  # sums in another number of parts would round differently
 ]  # fmt: skip
 
 
@@ -97,6 +98,27 @@ def test_ended_by_a_signal_and_started_again_it_ends_as_if_undisturbed(trained, 
     assert rows(tmp_path / "out") == rows(trained)
     one, other = (load_file(out / "model" / "model.safetensors") for out in (trained, tmp_path / "out"))
     assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_a_plan_is_printed_and_nothing_is_started(tmp_path, capsys):
+    assert main(["train", *SMALL, "--plan", f"--out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    for line in ("parameters", "operations", "memory", "speed", "time"):
+        assert any(row.startswith(line) for row in printed.splitlines())
+    assert not (tmp_path / "out").exists()
+
+
+def test_diagnostics_have_every_layer_at_every_evaluation_and_change_nothing(trained, tmp_path):
+    out = tmp_path / "out"
+    assert main(["train", *SMALL, "--diagnostics", "--trackers=tensorboard", f"--out={out}"]) == 0
+    assert rows(out) == rows(trained)
+    with (out / "diagnostics.csv").open() as file:
+        figures = list(csv.DictReader(file))
+    evaluated = [row["step"] for row in rows(out) if row["validation"]]
+    assert sorted({row["step"] for row in figures}, key=int) == evaluated
+    for step in evaluated:
+        assert {row["figure"] for row in figures if row["step"] == step} == {"rms", "spread", "active"}
+    assert list((out / "tensorboard").glob("events*"))
 
 
 WRONG = {

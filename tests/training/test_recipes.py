@@ -63,7 +63,6 @@ def test_every_key_of_a_recipe_is_explained(recipe):
     assert [line for line in lines if line and "#" not in line] == []
 
 
-
 def test_an_unknown_recipe_is_named():
     with pytest.raises(ValueError, match="'resnet' is no recipe; there are activator-cifar, "):
         recipe_path("resnet")

@@ -29,8 +29,14 @@ def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) ->
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
     for config_class in config_classes:
         parser.add_class_arguments(config_class)
+    switches = {
+        field.name
+        for config_class in config_classes
+        for field in dataclasses.fields(config_class)
+        if get_type_hints(config_class)[field.name] is bool
+    }
     try:
-        values = parser.parse_args([_underscored(flag) for flag in flags]).as_dict()
+        values = parser.parse_args(_with_values([_underscored(flag) for flag in flags], switches)).as_dict()
     except ArgumentError as error:
         raise ValueError(_sentence(str(error), config_classes, verb)) from None
     except UnicodeDecodeError as error:
@@ -48,6 +54,15 @@ def _build(config_class: Any, values: dict[str, Any]) -> Any:
         nested = dataclasses.is_dataclass(kind) and isinstance(value, dict)
         arguments[field.name] = kind(**value) if nested else value
     return config_class(**arguments)
+
+
+def _with_values(flags: list[str], switches: set[str]) -> list[str]:
+    """A switch that stands alone is true: `--plan` is `--plan=true`."""
+    following = [*flags[1:], "--"]
+    return [
+        f"{flag}=true" if flag[2:] in switches and flag.startswith("--") and after.startswith("--") else flag
+        for flag, after in zip(flags, following, strict=True)
+    ]
 
 
 def _underscored(flag: str) -> str:

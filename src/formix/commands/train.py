@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from formix.training import Step, TrainConfig
     from formix.training.job import JobConfig
 
+PROBE = 32  # validation samples that diagnostics are made on
+
 
 def train(arguments: list[str]) -> int:
     """Train a model from a recipe or YAML file; started again, it goes on from where it was."""
@@ -25,8 +27,10 @@ def train(arguments: list[str]) -> int:
     from formix.comparison.models import build_model
     from formix.training import Checkpoints, evaluate
     from formix.training import train as run
-    from formix.training.job import MetricsFile, OutputDirectory, combined
+    from formix.training.diagnostics import diagnose
+    from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory, combined
     from formix.training.parallel import joined, process_count, together
+    from formix.training.plan import plan
     from formix.training.trackers import Trackers
 
     job, training = _configs(arguments)
@@ -36,8 +40,13 @@ def train(arguments: list[str]) -> int:
     data = job.load_data()
     set_seed(training.seed)
     model = build_model(data, job.model, job.model_args, job.design)
+    if job.plan:
+        print(plan(model, data, training))
+        return 0
     with joined():
         first = process_count()[0] == 0
+        if job.diagnostics and job.parallel == "fsdp" and process_count()[1] > 1:
+            raise ValueError("diagnostics look into a whole model, and parallel=fsdp divides it; use --parallel=ddp.")
         checkpoints = Checkpoints(
             out.checkpoints,
             keep=job.keep,
@@ -46,14 +55,20 @@ def train(arguments: list[str]) -> int:
             identity=job.identity(data),
         )
         together(lambda: out.claim(combined(job, training)), first_only=True, otherwise=f"{out.path} cannot be used")
-        metrics = MetricsFile(out.metrics, job.log_steps)
+        metrics, diagnostics = MetricsFile(out.metrics, job.log_steps), DiagnosticsFile(out.diagnostics)
+        probe = data.validation.__getitems__(range(min(PROBE, len(data.validation))))
         trackers = Trackers([n for n in job.trackers.split(",") if n], out.path, combined(job, training))
         with _display(training, data) if first else contextlib.nullcontext(lambda step: None) as show:
 
             def on_step(step: Step) -> None:
                 metrics.add(step)
+                figures = _figures(step)
+                if job.diagnostics and step.point:
+                    layers = diagnose(model, probe)
+                    diagnostics.add(step.step, layers)
+                    figures |= layers
                 if job.trackers and (step.point or step.step % job.log_steps == 0):
-                    trackers.log(_figures(step), step.step)
+                    trackers.log(figures, step.step)
                 show(step)
 
             result = run(

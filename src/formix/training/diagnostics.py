@@ -56,7 +56,8 @@ def diagnose(model: nn.Module, batch: Batch) -> dict[str, float]:
     for name, module in model.named_modules():
         if isinstance(module, GatedUnit) or (hasattr(module, "mixer") and hasattr(module, "num_heads")):
             handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
-    inputs = {k: v for k, v in batch.items() if k in ("pixel_values", *MODEL_INPUTS)}
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) for k, v in batch.items() if k in ("pixel_values", *MODEL_INPUTS)}
     try:
         with _uncompiled(model), watching(see):
             try:

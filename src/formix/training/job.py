@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,8 @@ class JobConfig:
     save_steps: int = 0  # between checkpoints, in optimiser steps; 0: by time alone
     log_steps: int = 10  # between rows of metrics.csv
     trackers: str = ""  # tensorboard, trackio, wandb, mlflow: names with commas
+    diagnostics: bool = False  # at evaluations, every layer's rms, spread and active share, to diagnostics.csv
+    plan: bool = False  # print what the run takes in operations, memory and time, and do not start it
     parallel: Parallel = "ddp"  # with several processes: copies of the model (ddp) or shards of it (fsdp)
     workers: int = 0  # processes that load data; 0: the training process itself
     threads: int | None = None  # CPU threads; None: PyTorch's choice
@@ -77,7 +80,7 @@ class JobConfig:
 
 
 class OutputDirectory:
-    """`--out`: config.json, metrics.csv, result.json, model/ and checkpoints/.
+    """`--out`: config.json, metrics.csv, diagnostics.csv if asked for, result.json, model/ and checkpoints/.
 
     Raises:
         ValueError: a directory that holds something else.
@@ -86,6 +89,7 @@ class OutputDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.csv"
+        self.diagnostics = self.path / "diagnostics.csv"
         self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
         taken = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
         if taken and not self.config.is_file():
@@ -121,7 +125,7 @@ class MetricsFile:
     def add(self, step: Step) -> None:
         """A row, if it is time for one; complete on disk before the next checkpoint is written."""
         if not self._opened:
-            self._keep_before(step.step)
+            _keep_before(self.path, step.step)
             self._opened = True
         if step.step % self.every and step.point is None:
             return
@@ -142,14 +146,37 @@ class MetricsFile:
                 writer.writeheader()
             writer.writerow(row)
 
-    def _keep_before(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        header, *rows = self.path.read_text().splitlines(keepends=True) or [""]
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) < step]
-        write_atomically(self.path, "".join([header, *kept]) if header.endswith("\n") else "")
-        if not header.endswith("\n"):
-            self.path.unlink()
+
+class DiagnosticsFile:
+    """diagnostics.csv: a row for every figure of every layer at an evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened = False
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures of `formix.training.diagnostics.diagnose`, by "name/layer"."""
+        if not self._opened:
+            _keep_before(self.path, step)
+            self._opened = True
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "figure", "layer", "value"])
+            for name, value in figures.items():
+                writer.writerow([step, *name.split("/", 1), value])
+
+
+def _keep_before(path: Path, step: int) -> None:
+    """Remove the rows from `step` on, and one that was not written whole; the first column is the step."""
+    if not path.exists():
+        return
+    header, *rows = path.read_text().splitlines(keepends=True) or [""]
+    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) < step]
+    write_atomically(path, "".join([header, *kept]) if header.endswith("\n") else "")
+    if not header.endswith("\n"):
+        path.unlink()
 
 
 def combined(job: JobConfig, training: Any) -> dict[str, Any]:
