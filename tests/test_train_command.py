@@ -2,16 +2,15 @@
 
 import csv
 import json
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from formix.cli import main
+from formix.training.job import MetricsFile
 
 SMALL = [
     "--data=digits", "--design=relu", "--epochs=3", "--limit=128", "--batch-size=32", "--precision=float32",
@@ -82,19 +81,24 @@ def test_the_other_tasks(tmp_path, data, flags, capsys):
     assert json.loads(capsys.readouterr().out)["value"] == pytest.approx(test)
 
 
-def test_ended_by_a_signal_and_started_again_it_ends_as_if_undisturbed(trained, tmp_path):
-    command = [sys.executable, "-m", "formix.cli", "train", *SMALL, f"--out={tmp_path / 'out'}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.time() + 120
-    while not (tmp_path / "out" / "metrics.csv").exists() and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "ended by SIGTERM" in said
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_by_a_signal_and_started_again_it_ends_as_if_undisturbed(trained, tmp_path, monkeypatch, capsys, number):
+    add = MetricsFile.add
+
+    def add_and_kill(self, step):
+        add(self, step)
+        if step.step == 5:
+            os.kill(os.getpid(), number)
+
+    command = ["train", *SMALL, f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr(MetricsFile, "add", add_and_kill)
+    assert main(command) == 128 + number
+    said = capsys.readouterr().err
+    assert f"ended by {number.name}" in said
     assert "goes on from here" in said
     assert not (tmp_path / "out" / "model").exists()
-    assert main(["train", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
+    monkeypatch.undo()
+    assert main(command) == 0
     assert rows(tmp_path / "out") == rows(trained)
     one, other = (load_file(out / "model" / "model.safetensors") for out in (trained, tmp_path / "out"))
     assert all(one[name].equal(other[name]) for name in one)

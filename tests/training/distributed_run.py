@@ -58,24 +58,34 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def launch(processes: int, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """`main` on new processes, that find one another by the environment as under torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-    ranks = [{**environment, "MASTER_PORT": port, "RANK": r, "LOCAL_RANK": r} for r in range(processes)]
-    children = [SERVER.Process(target=_child, args=(rank, out, settings)) for rank in ranks]
-    for child in children:
-        child.start()
-    for child in children:
+    """`main` on new processes."""
+    for child in start(processes, _main, out, settings):
         child.join(600)
         assert child.exitcode == 0
     return json.loads(out.read_text())
 
 
-def _child(environment: dict[str, Any], out: Path, settings: dict[str, Any]) -> None:
-    os.environ.update({key: str(value) for key, value in environment.items()}, CUDA_VISIBLE_DEVICES="")
-    torch.set_num_threads(1)
+def launch_command(processes: int, out: Path, arguments: list[str]) -> list[Any]:
+    """The command line on new processes, whose standard error goes to the files 0, 1 ... in `out`."""
+    out.mkdir()
+    return start(processes, _command, out, arguments)
+
+
+def start(processes: int, target: Any, *arguments: Any) -> list[Any]:
+    """New processes that find one another by the environment, as under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+    ranks = [{**environment, "MASTER_PORT": port, "RANK": r, "LOCAL_RANK": r} for r in range(processes)]
+    children = [SERVER.Process(target=target, args=(rank, *arguments)) for rank in ranks]
+    for child in children:
+        child.start()
+    return children
+
+
+def _main(environment: dict[str, Any], out: Path, settings: dict[str, Any]) -> None:
+    _enter(environment)
     results = main(settings)
     if not dist.is_initialized() or dist.get_rank() == 0:
         out.write_text(json.dumps(results))
@@ -83,5 +93,19 @@ def _child(environment: dict[str, Any], out: Path, settings: dict[str, Any]) -> 
         dist.destroy_process_group()
 
 
+def _command(environment: dict[str, Any], out: Path, arguments: list[str]) -> None:
+    from formix.cli import main
+
+    _enter(environment)
+    with (out / str(environment["RANK"])).open("w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.exit(main(arguments))
+
+
+def _enter(environment: dict[str, Any]) -> None:
+    os.environ.update({key: str(value) for key, value in environment.items()}, CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+
+
 if __name__ == "__main__":
-    _child({}, Path(sys.argv[1]), json.loads(sys.argv[2]))
+    _main({}, Path(sys.argv[1]), json.loads(sys.argv[2]))

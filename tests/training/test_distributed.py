@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from training import distributed_run
+
+from formix.cli import main
 
 DESIGNS = ["softmax", "relu", "sima", "activator", "paf", "skip"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -63,3 +66,24 @@ def test_the_usual_launchers_start_it(tmp_path, launcher):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(distributed_run.main({"designs": ["paf"]}), json.loads(Path(out).read_text()))
+
+
+def test_a_process_that_is_killed_ends_the_run_with_a_message_and_it_goes_on(tmp_path):
+    arguments = [
+        "train", "--data=digits", "--limit=128", "--batch-size=32", "--epochs=40", "--precision=float32",
+        '--model_args={"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 4}', "--save-steps=2",
+        f"--out={tmp_path / 'out'}", "--evaluations=1",
+    ]  # fmt: skip
+    first, second = distributed_run.launch_command(2, tmp_path / "said", arguments)
+    while len(list((tmp_path / "out").glob("checkpoints/step-*"))) < 2 and first.is_alive():
+        time.sleep(0.01)
+    second.kill()
+    first.join(60)
+    assert first.exitcode == 2
+    said = (tmp_path / "said" / "0").read_text()
+    assert "Another process of this run ended" in said
+    assert "start the same command again" in said
+    before = max((tmp_path / "out").glob("checkpoints/step-*")).name
+    assert before < "step-000000160"
+    assert main(arguments) == 0
+    assert (tmp_path / "out" / "result.json").is_file()

@@ -10,11 +10,13 @@ import math
 import signal
 import statistics
 from collections.abc import Callable, Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import nn
 
 from formix.data import Batch, Data
@@ -42,6 +44,7 @@ from formix.training.tasks import Objective, task_objective
 _log = logging.getLogger("formix")
 STEPS_PER_LOOK = 16  # on accelerators, where looking at a loss waits for it; on a CPU every step is looked at
 REWINDS = 3  # returns to a checkpoint before a run that diverges again is ended
+FOREIGN = (KeyError, TypeError, AttributeError, RuntimeError, UnicodeError, JSONDecodeError, SafetensorError)
 RECENT = 32  # losses whose median a spike is measured by
 HARMLESS = ("compile", "activation_checkpointing", "spike", "on_divergence")  # may differ when a run goes on
 
@@ -281,16 +284,19 @@ class _Run:
             self._restore(checkpoints, path)
 
     def _restore(self, checkpoints: Checkpoints, path: Path) -> None:
-        state, random = checkpoints.read_state(path)
-        make_optimizer_state(self.whole, self.optimizer, checkpoints.stored_tensors(path))
+        try:
+            state, random = checkpoints.read_state(path)
+            stored = checkpoints.stored_tensors(path)
+            curve = [Point(**point) for point in state["result"].pop("curve")]
+            self.place, self.result = Place(**state["place"]), TrainResult(curve=curve, **state["result"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                self.ema.steps = int(state["ema_steps"])
+        except FOREIGN as error:
+            raise ValueError(f"{path} holds no state of such a run ({' '.join(str(error).split())}).") from None
+        make_optimizer_state(self.whole, self.optimizer, stored)
         checkpoints.read_tensors(path, named_tensors(self.whole, self.optimizer, self.ema))
-        self.place = Place(**state["place"])
-        curve = [Point(**point) for point in state["result"].pop("curve")]
-        self.result = TrainResult(curve=curve, **state["result"])
         self.clock.set(self.result.seconds)
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.steps = state["ema_steps"]
         if random is not None:
             set_random_states(random)
         else:  # another number of processes
