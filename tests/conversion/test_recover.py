@@ -211,6 +211,7 @@ def test_the_command_recovers(kind: str, tmp_path) -> None:
     recovery = {"stages": "match:3steps,align:3steps" + ("" if encoder else ",task:3steps"), "batch_tokens": 256,
                 "sequence_length": 16, "calibration": 1, "evaluations": 1}  # fmt: skip
     flags = [f"--recovery={json.dumps(recovery)}", f"--recover=text:{text}", f"--out={tmp_path / 'out'}"]
+    flags += ["--search=2"] if encoder else []
     flags += [] if encoder else [f"--perplexity=text:{text}", f"--record={tmp_path / 'records'}"]
     assert main(["convert", str(tmp_path / "source"), "--design=relu+parallel", *flags]) == 0
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -223,7 +224,13 @@ def test_the_command_recovers(kind: str, tmp_path) -> None:
         table = (tmp_path / "records" / "README.md").read_text()
         assert " | ".join(f"{v:.4f}" for v in values) in table
         assert f"{values[-1] - values[0]:+.4f}" in table
-    assert formix.load(tmp_path / "out").config.design["layout"]["parallel"]
+    design = formix.design(formix.load(tmp_path / "out").config.design)
+    parallel = [design.layer(i, 3).layout.parallel for i in range(3)]
+    if encoder:
+        found = json.loads((tmp_path / "out" / "search.json").read_text())
+        assert [i for i in range(3) if parallel[i]] == found["chosen"] == found["curve"][2]["layers"]
+    else:
+        assert all(parallel)
 
 
 @pytest.mark.parametrize("study", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -37,6 +37,9 @@ class ConvertConfig:
     probe: str | None = None  # labelled images: accuracy of a linear probe on the features, at every step
     perplexity: str | None = None  # text:PATH for a decoder's perplexity, at every step
     threads: int | None = None  # CPU threads; None: PyTorch's choice
+    search: int | None = None  # convert up to so many layers, those that hurt least first (needs --recover's data)
+    max_loss: float | None = None  # of the search: the largest loss to the source, end to end
+    max_milliseconds: float | None = None  # of the search: how long a forward pass on a batch may take
     record: str | None = None  # a directory for the records of studies and the table over them
 
 
@@ -82,6 +85,9 @@ def _convert(source: Any, config: ConvertConfig, study: str) -> None:
     from formix.conversion.summary import write_record
 
     options = {"layers": config.layers, "keep": config.keep}
+    if config.search is not None:
+        config = dataclasses.replace(config, layers=_searched(source, config))
+        options["layers"] = config.layers
     if config.recover is None:
         model = convert_model(source, config.design, **options)
     else:
@@ -95,17 +101,57 @@ def _convert(source: Any, config: ConvertConfig, study: str) -> None:
         print(f"  {step:12}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
 
 
-def _recovered(source: Any, config: ConvertConfig, options: dict[str, Any]) -> Any:
-    from formix.commands.progress import stage_progress
-    from formix.conversion.metrics import metrics_for
-    from formix.conversion.pipeline import Recovery, run
+def _searched(source: Any, config: ConvertConfig) -> str:
+    """The layers that a search chose; its curve is printed and kept beside the model."""
+    import itertools
+    import json
+
+    from torch.utils.data import DataLoader
+
+    from formix.conversion.carry import convert_model
+    from formix.conversion.pipeline import load_recovery_data
+    from formix.conversion.search import search
+    from formix.data import collate
+
+    if config.recover is None or config.layers is not None or config.keep is not None:
+        raise ValueError("--search needs --recover=DATA, and chooses the layers itself: leave out --layers and --keep.")
+    recovery, place = _recovery(config)
+    data, batch_size = load_recovery_data(convert_model(source, "softmax"), recovery, place)
+    loader = DataLoader(data.train, batch_size=batch_size, collate_fn=collate, shuffle=True)
+    found = search(
+        source,
+        config.design,
+        list(itertools.islice(loader, max(2, 2 * recovery.calibration))),
+        most=int(config.search or 0),
+        max_loss=config.max_loss,
+        max_milliseconds=config.max_milliseconds,
+        metrics=_metrics(config),
+    )
+    print(found)
+    if not found.chosen:
+        raise ValueError(f"No layer can be converted within max_loss={config.max_loss:g}; allow more or recover first.")
+    out = Path(str(config.out))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "search.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    return ",".join(map(str, found.chosen))
+
+
+def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
+    """The settings of recovery, and the directory that the source is."""
+    from formix.conversion.pipeline import Recovery
 
     known = {f.name for f in dataclasses.fields(Recovery)} - {"data"}
     if unknown := sorted(set(config.recovery) - known):
         raise ValueError(f"recovery has {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
-    recovery = Recovery(data=str(config.recover), **config.recovery)
     place = config.source if Path(config.source).is_dir() else None
-    metrics = metrics_for(
+    return Recovery(data=str(config.recover), **config.recovery), place
+
+
+def _metrics(config: ConvertConfig) -> dict[str, Any]:
+    from formix.conversion.metrics import metrics_for
+
+    recovery, place = _recovery(config)
+    return metrics_for(
         tokenizer=recovery.tokenizer or place,
         sts=config.sts,
         probe=config.probe,
@@ -113,6 +159,14 @@ def _recovered(source: Any, config: ConvertConfig, options: dict[str, Any]) -> A
         sequence_length=recovery.sequence_length,
         img_size=recovery.img_size,
     )
+
+
+def _recovered(source: Any, config: ConvertConfig, options: dict[str, Any]) -> Any:
+    from formix.commands.progress import stage_progress
+    from formix.conversion.pipeline import run
+
+    recovery, place = _recovery(config)
+    metrics = _metrics(config)
     state = Path(str(config.out)) / "recovery"
     with stage_progress() as show:
         model = run(

@@ -28,7 +28,7 @@ RELATIONS = 10.0  # weight of the cosines between samples: their squares are sma
 class Distillation:
     """A teacher and the losses that lead a student to it; both are models of formix's."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, data: Data, labelled: bool) -> None:
+    def __init__(self, teacher: nn.Module, student: nn.Module, data: Data | None, labelled: bool) -> None:
         self.teacher, self.data, self.labelled = teacher.eval().requires_grad_(False), data, labelled
         self.teacher_layers, self.layers = layers(teacher), layers(student)
         self.changed = [_changes(t, s) for t, s in zip(self.teacher_layers, self.layers, strict=True)]
@@ -70,7 +70,7 @@ class Distillation:
             loss = loss + F.kl_div(
                 F.log_softmax(given.logits.float().flatten(0, -2), -1), target, log_target=True, reduction="batchmean"
             )
-            if self.labelled:
+            if self.labelled and self.data is not None:
                 loss = loss + loss_of(given.logits, batch["labels"], self.data)
         return loss
 

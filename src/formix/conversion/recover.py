@@ -136,6 +136,9 @@ def _run(
         return value
 
     before = held_out(model)
+    frozen = [] if stage.name == "task" else _embeddings(model)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     objective = Objective(loss=loss, metric=held_out, higher_is_better=False)
     stopped = False
     try:
@@ -151,6 +154,9 @@ def _run(
             raise ValueError(f"Stage {stage.name}: {result.diverged}; lower its learning rate.")
     except _NoImprovementError:
         stopped = True
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
     model.load_state_dict(best["state"])
     return {
         "stage": stage.name,
@@ -162,6 +168,11 @@ def _run(
         "stopped_early": stopped,
         "seconds": time.perf_counter() - began,
     }
+
+
+def _embeddings(model: Any) -> list[nn.Parameter]:
+    """The word embeddings, which match and align leave as they are: the source's own, for words that the data lack."""
+    return list(model.get_input_embeddings().parameters()) if hasattr(model, "get_input_embeddings") else []
 
 
 @torch.no_grad()
