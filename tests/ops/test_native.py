@@ -153,7 +153,7 @@ def test_activation_over_the_whole_range(isa, activation):
 
 @pytest.mark.parametrize("activation", list(H))
 def test_activation_in_bfloat16(isa, activation):
-    """As above for bfloat16, whose weights the kernels may approximate to 4e-4, and slopes to 1e-3, besides rounding."""
+    """As above in bfloat16, whose weights the kernels may approximate to 4e-4, and slopes to 1e-3, plus rounding."""
     s = torch.cat([torch.linspace(-40, 40, 20001), torch.logspace(-20, 10, 200), -torch.logspace(-20, 10, 200)])
     s = s.bfloat16().view(1, 1, -1, 1).requires_grad_()
     one = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
