@@ -1,11 +1,14 @@
 """Every study in `studies/` runs, at a small setting."""
 
+import json
 import os
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
+import formix
 from formix.cli import main
 from formix.comparison import read_results
 
@@ -44,3 +47,22 @@ def test_study(study, tmp_path):
     able = [d.design for d in results.designs if d.refused is None]
     assert [r.design for r in results.runs if r.test is not None] == able
     assert len(able) >= 4
+
+
+def test_the_teacher_of_the_converted_decoders_is_trained(tmp_path, monkeypatch):
+    folder, text, tokenizer, out = (ROOT / "studies/conversion", *(tmp_path / n for n in ("text", "tokenizer", "out")))
+    words = (ROOT / "README.md").read_text() * 2
+    text.mkdir()
+    for split, part in (("train", words), ("valid", words[:5000]), ("test", words[-5000:])):
+        (text / f"wiki.{split}.tokens").write_text(part)
+    script = str(folder / "wikitext2_tokenizer.py")
+    monkeypatch.setattr("sys.argv", [script, str(text / "wiki.train.tokens"), str(tokenizer)])
+    runpy.run_path(script, run_name="__main__")
+    flags = [f"--data=text:{text}", f"--tokenizer={tokenizer}", f"--out={out}", "--epochs=0.2", "--evaluations=1"]
+    assert main(["train", str(folder / "gpt2-wikitext2.yaml"), *flags]) == 0
+    assert json.loads((out / "result.json").read_text())["metric"] == "bits_per_byte"
+    config = formix.load(out / "model").config
+    assert (config.n_layer, config.n_embd, config.n_positions) == (6, 384, 128)
+    assert config.vocab_size == 1 + max(
+        json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"].values()
+    )
