@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from formix.conversion.objectives import Distillation
 from formix.conversion.record import Conversion
 from formix.data import Data, collate
 from formix.training import Objective, TrainConfig, train
 from formix.training.checkpoint import Checkpoints
+from formix.training.loop import autocast_dtype
 
 STAGES = ("match", "align", "task")
+HELD_OUT = 256  # samples (of sentences: batches), evenly spaced, that a stage is judged on; its time counts as recovery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +181,12 @@ def _embeddings(model: Any) -> list[nn.Parameter]:
 @torch.no_grad()
 def _mean_loss(loss: Any, model: nn.Module, data: Data, stage: Stage) -> float:
     total, number = 0.0, 0
-    training = model.training
-    for batch in DataLoader(data.validation, batch_size=stage.batch_size, collate_fn=collate):
-        with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            total += float(loss(model, batch))
+    training, device = model.training, next(model.parameters()).device
+    dtype = autocast_dtype(stage.precision)
+    rows = range(0, len(data.validation), math.ceil(len(data.validation) / HELD_OUT))
+    for batch in DataLoader(Subset(data.validation, rows), batch_size=stage.batch_size, collate_fn=collate):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            total += float(loss(model, {k: v.to(device) for k, v in batch.items()}))
         number += 1
     model.train(training)
     return total / number
