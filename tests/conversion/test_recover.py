@@ -217,6 +217,13 @@ def test_the_command_recovers(kind: str, tmp_path) -> None:
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert [s["stage"] for s in record["stages"]] == ["calibrate", "match", "align"] + ([] if encoder else ["task"])
     assert record["data"][0]["sha256"]
+    assert [len(v) for v in record["match_errors"].values()] == [len(record["match_parts"])] * 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page
+    for values in record["match_errors"].values():
+        assert all(f"{value:.4f}" in page for value in values)
+    assert [row["input"] for row in record["speed"]] == ["32 tokens"]
+    assert f"{record['speed'][0]['before_ms'] / record['speed'][0]['after_ms']:.2f}" in page
     assert not (tmp_path / "out" / "recovery").exists()
     if not encoder:
         assert list(record["metrics"]) == ["source", "converted", "calibrated", "match", "align", "task"]

@@ -82,6 +82,7 @@ def _config(arguments: list[str]) -> tuple[str, ConvertConfig]:
 def _convert(source: Any, config: ConvertConfig, study: str) -> None:
     from formix import save
     from formix.conversion.carry import convert_model
+    from formix.conversion.report import measure_speed, write_report
     from formix.conversion.summary import write_record
 
     options = {"layers": config.layers, "keep": config.keep}
@@ -92,8 +93,11 @@ def _convert(source: Any, config: ConvertConfig, study: str) -> None:
         model = convert_model(source, config.design, **options)
     else:
         model = _recovered(source, config, options)
+        model.conversion.speed = measure_speed(source, model)
     save(model, str(config.out))
     copy_companions(Path(config.source), Path(str(config.out)))
+    if config.recover is not None:
+        write_report(model.conversion.to_dict(), Path(str(config.out)) / "report.html")
     if config.record is not None:
         write_record(model.conversion, Path(config.record), study, config.design)
     print(f"{config.out}: {model.conversion.plan['formula']}")

@@ -10,7 +10,7 @@ task    KL(teacher | student) of the logits, the pooled features, and the task's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,28 @@ class Distillation:
             if layout:
                 losses.append(_relative(own.outputs[i], flow.outputs[i], flow.outputs[i] - flow.inputs[i], mask))
         return losses
+
+    @property
+    def parts(self) -> list[str]:
+        """What `errors` are of."""
+        found = []
+        for i, (mixer, layout) in enumerate(self.changed):
+            found += [f"layer {i}, mixer"] if mixer else []
+            found += [f"layer {i}, output"] if layout else []
+        return found
+
+    @torch.no_grad()
+    def mean_errors(self, model: Any, batches: Iterable[Batch]) -> list[float]:
+        """The match errors over batches, in evaluation mode."""
+        model.eval()
+        sums, number = [0.0] * len(self.parts), 0
+        for batch in batches:
+            flow, _ = self._taught(batch)
+            with tapped(self.layers, forced=flow.inputs) as own:
+                answer(model, batch)
+            errors = self.errors(own, flow, batch.get("attention_mask"))
+            sums, number = [a + float(b) for a, b in zip(sums, errors, strict=True)], number + 1
+        return [total / max(number, 1) for total in sums]
 
     def align(self, model: Any, batch: Batch) -> Tensor:
         flow, taught = self._taught(batch)

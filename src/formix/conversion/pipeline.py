@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 
 from formix.conversion.calibrate import calibrate
 from formix.conversion.carry import convert_model
+from formix.conversion.objectives import Distillation
 from formix.conversion.recover import STAGES, Stage, recover
 from formix.conversion.sentences import load_sentences
 from formix.data import Data, collate, load_data
 from formix.data.base import SPLITS
 
+ERROR_BATCHES = 8  # held-out batches on which the match error is reported
 Metric = Callable[[nn.Module], float]
 
 
@@ -163,12 +165,20 @@ def run(
     def measure(current: nn.Module) -> dict[str, float]:
         return {name: metric(current) for name, metric in measured.items()}
 
-    conversion = model.conversion
+    conversion, distillation = model.conversion, Distillation(teacher, model, data, False)
+
+    def match_error(step: str) -> None:
+        held_out = DataLoader(data.validation, batch_size=batch_size, collate_fn=collate)
+        conversion.match_errors[step] = distillation.mean_errors(model, itertools.islice(held_out, ERROR_BATCHES))
+
+    conversion.match_parts = distillation.parts
+    match_error("converted")
     conversion.metrics = {"source": measure(teacher), "converted": measure(model)}
     if recovery.calibration:
         batches = DataLoader(data.train, batch_size=batch_size, collate_fn=collate, shuffle=True)
         calibrate(model, teacher, itertools.islice(batches, recovery.calibration))
         conversion.metrics["calibrated"] = measure(model)
+        match_error("calibrated")
     records = recover(
         model,
         teacher,
@@ -180,6 +190,7 @@ def run(
         metric=measure if measured else None,
         on_progress=on_progress,
     )
+    match_error("recovered")
     for record in records:
         if record["trained"] and "metric" in record:
             conversion.metrics[record["stage"]] = record["metric"]

@@ -39,6 +39,9 @@ class Conversion:
     stages: list[dict[str, Any]] = field(default_factory=list)  # calibration and recovery, in order
     data: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    match_parts: list[str] = field(default_factory=list)  # parts of changed layers
+    match_errors: dict[str, list[float]] = field(default_factory=dict)  # step -> of each part, on held-out data
+    speed: list[dict[str, Any]] = field(default_factory=list)  # before and after, by input
     versions: dict[str, str | None] = field(default_factory=lambda: {name: _version(name) for name in PACKAGES})
 
     @staticmethod
@@ -78,6 +81,9 @@ class Conversion:
             "stages": self.stages,
             "data": self.data,
             "metrics": self.metrics,
+            "match_parts": self.match_parts,
+            "match_errors": self.match_errors,
+            "speed": self.speed,
             "versions": self.versions,
             "mapping": [dataclasses.asdict(move) for move in self.moves],
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from formix.conversion.record import Conversion
+from formix.conversion.report import write_report
 from formix.environment import capture_environment
 from formix.records import plain, write_atomically
 
@@ -14,7 +15,8 @@ HEAD = "| study | design | measure | source | converted | calibrated | recovered
 
 
 def write_record(conversion: Conversion, directory: Path, study: str, design: str) -> None:
-    """Keep a conversion's record, without its weight map, and make the directory's README.md anew."""
+    """Keep a conversion's record, without its weight map, and its report, and make the directory's README.md anew."""
+    whole = conversion.to_dict()
     record = conversion.to_dict()
     del record["mapping"]
     record["source"] = {k: v for k, v in record["source"].items() if k != "config"}
@@ -23,6 +25,7 @@ def write_record(conversion: Conversion, directory: Path, study: str, design: st
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{study}-{''.join(c if c.isalnum() or c in '+-' else '_' for c in design)}.json"
     write_atomically(file, json.dumps(record, indent=1, default=str) + "\n")
+    write_report(whole, file.with_suffix(".html"))
     write_atomically(directory / "README.md", summary(directory))
 
 
