@@ -14,7 +14,11 @@
 #include "parts.h"
 #include "scratch.h"
 
-constexpr int TOKENS = 48;  // rows of a piece
+#if defined(FORMIX_TILES)
+constexpr int TOKENS = 64;  // rows of a piece
+#else
+constexpr int TOKENS = 48;
+#endif
 
 template <class T> struct L1Task {  // one (batch, head)
   using unit = typename T::unit;
@@ -30,11 +34,13 @@ template <class T> struct L1Task {  // one (batch, head)
   unit *CM, *CG, *MtC, *GtC;            // [units of D][Dvp] twice, [units of Dv][Dp] twice
   unit *left, *right;                   // [TOKENS][LDA] each: a piece of two inputs
   float *rows, *values;                 // [TOKENS][LDA] each: a piece of the output, and of an input in floats
+  unit *turned;                         // with tiles: `left` transposed, [Dp or Dvp][LDA]
 
   static long sums_size(const FormixL1 &p) { return 2 * (p.D * round_up(p.Dv, W) + round_up(p.D, W)); }
   static long memory_size(const FormixL1 &p) {
     const long Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
-    return Dp * Dvp + 2 * Dp + 2 * p.D * Dvp + 2 * p.Dv * Dp + 4L * TOKENS * LDA;
+    return Dp * Dvp + 2 * Dp + 2 * p.D * Dvp + 2 * p.Dv * Dp + 4L * TOKENS * LDA +
+           (T::tiles ? greatest(Dp, Dvp) * LDA : 0);
   }
   L1Task(const FormixL1 &p, long b, long h, float *sums, float *memory)
       : p(p), b(b), h(h), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {
@@ -43,7 +49,7 @@ template <class T> struct L1Task {  // one (batch, head)
     M = sums, G = M + D * Dvp, q_norm = G + D * Dvp, k_norm = q_norm + Dp;
     left = (unit *)memory, right = left + TOKENS * LDA, rows = memory + 2 * TOKENS * LDA, values = rows + TOKENS * LDA;
     scaled = values + TOKENS * LDA, u = scaled + Dp * Dvp, w = u + Dp;
-    CM = (unit *)(w + Dp), CG = CM + D * Dvp, MtC = CG + D * Dvp, GtC = MtC + Dv * Dp;
+    CM = (unit *)(w + Dp), CG = CM + D * Dvp, MtC = CG + D * Dvp, GtC = MtC + Dv * Dp, turned = GtC + Dv * Dp;
   }
 
   void read_rows(const FormixTensor &t, long first, int n, int channels, unit *to) const {
@@ -81,24 +87,30 @@ template <class T> struct L1Task {  // one (batch, head)
       store(sums + d, load(sums + d) + (even + odd));
     }
   }
-  // C [left channels][right padded] += X^T Y over n tokens; memory that is needed next is asked for meanwhile
-  static void add_outer(const unit *x, int left, const unit *y, int right, int n, float *c,
-                        Prefetch first, Prefetch second, Prefetch third) {
-    const int units = (n + T::per_unit - 1) / T::per_unit, ldc = round_up(right, W);
-    for (int d = 0; d < right; d += NR)
-      for (int i = 0; i < left; i += MR) {
-        gemm_panel<T, true, ADD>(least(MR, left - i), right - d, units, x + i, LDA, y + d, LDA, c + i * ldc + d, ldc);
-        first.some(TOKENS / 2), second.some(TOKENS / 2), third.some(TOKENS / 2);
+  static constexpr int STEP = T::tiles ? 32 : MR;  // rows that a product takes at once
+  // C [left channels][right padded] += X^T Y over n tokens, X in `left`, Y in `right`; memory that is needed next is asked
+  // for meanwhile
+  void add_outer(int channels, int columns, int n, float *c, Prefetch first, Prefetch second, Prefetch third) const {
+    const int units = (n + T::per_unit - 1) / T::per_unit, ldc = round_up(columns, W);
+    if constexpr (T::tiles) transpose_units((const uint32_t *)left, LDA, units, round_up(channels, W), (uint32_t *)turned);
+    for (int d = 0; d < columns; d += NR)
+      for (int i = 0; i < channels; i += STEP) {
+        const int m = least(STEP, channels - i);
+        if constexpr (T::tiles)
+          gemm_panel<T, false, ADD>(m, columns - d, units, turned + i * LDA, 0, right + d, LDA, c + i * ldc + d, ldc);
+        else
+          gemm_panel<T, true, ADD>(m, columns - d, units, left + i, LDA, right + d, LDA, c + i * ldc + d, ldc);
+        first.some(TOKENS / 2 * STEP / MR), second.some(TOKENS / 2 * STEP / MR), third.some(TOKENS / 2 * STEP / MR);
       }
   }
-  // rows[n][right] = x[n][left] B
-  void multiply(const unit *x, int n, int left, const unit *B, int right, Prefetch soon) const {
-    const int units = (left + T::per_unit - 1) / T::per_unit;
-    for (int d = 0; d < right; d += NR)
-      for (int i = 0; i < n; i += MR) {
-        gemm_panel<T, false, SET>(least(MR, n - i), right - d, units, x + i * LDA, 0, B + d, round_up(right, W),
+  // rows[n][columns] = left[n][channels] B
+  void multiply(int n, int channels, const unit *B, int columns, Prefetch soon) const {
+    const int units = (channels + T::per_unit - 1) / T::per_unit;
+    for (int d = 0; d < columns; d += NR)
+      for (int i = 0; i < n; i += STEP) {
+        gemm_panel<T, false, SET>(least(STEP, n - i), columns - d, units, left + i * LDA, 0, B + d, round_up(columns, W),
                                   rows + i * LDA + d, LDA);
-        soon.some(TOKENS);
+        soon.some(TOKENS * STEP / MR);
       }
   }
 
@@ -110,7 +122,7 @@ template <class T> struct L1Task {  // one (batch, head)
       read_columns(p.k, i, n, D, keys, left);
       read_columns(p.v, i, n, Dv, keys, right);
       add_absolute(left, n, Dp, k_norm);
-      add_outer(left, D, right, Dv, n, M, prefetch(p.k, i + TOKENS, k1, D), prefetch(p.v, i + TOKENS, k1, Dv),
+      add_outer(D, Dv, n, M, prefetch(p.k, i + TOKENS, k1, D), prefetch(p.v, i + TOKENS, k1, Dv),
                 prefetch(p.q, q0 + i - k0, q1, D));
     }
     for (long i = q0; i < q1; i += TOKENS) {
@@ -119,7 +131,7 @@ template <class T> struct L1Task {  // one (batch, head)
       add_absolute(left, n, Dp, q_norm);
       if (!backward) continue;
       read_columns(p.grad_out, i, n, Dv, queries, right);
-      add_outer(left, D, right, Dv, n, G, prefetch(p.q, i + TOKENS, q1, D), prefetch(p.grad_out, i + TOKENS, q1, Dv),
+      add_outer(D, Dv, n, G, prefetch(p.q, i + TOKENS, q1, D), prefetch(p.grad_out, i + TOKENS, q1, Dv),
                 prefetch(p.q, q1, q1, D));
     }
   }
@@ -171,7 +183,7 @@ template <class T> struct L1Task {  // one (batch, head)
     for (long i = q0; i < q1; i += TOKENS) {
       const int n = least((long)TOKENS, q1 - i);
       read_rows(p.q, i, n, D, left);
-      multiply(left, n, D, CM, Dv, prefetch(p.out, i, q1, Dv));
+      multiply(n, D, CM, Dv, prefetch(p.out, i, q1, Dv));
       write(p.out, i, n, Dv, queries);
     }
   }
@@ -179,17 +191,17 @@ template <class T> struct L1Task {  // one (batch, head)
     for (long i = q0; i < q1; i += TOKENS) {
       const int n = least((long)TOKENS, q1 - i);
       read_rows(p.grad_out, i, n, Dv, left);
-      multiply(left, n, Dv, MtC, D, prefetch(p.grad_q, i, q1, D));
+      multiply(n, Dv, MtC, D, prefetch(p.grad_q, i, q1, D));
       add_sign(p.q, i, n, u);
       write(p.grad_q, i, n, D, queries);
     }
     for (long i = k0; i < k1; i += TOKENS) {
       const int n = least((long)TOKENS, k1 - i);
       read_rows(p.k, i, n, D, left);
-      multiply(left, n, D, CG, Dv, prefetch(p.grad_v, i, k1, Dv));
+      multiply(n, D, CG, Dv, prefetch(p.grad_v, i, k1, Dv));
       write(p.grad_v, i, n, Dv, keys);
       read_rows(p.v, i, n, Dv, left);
-      multiply(left, n, Dv, GtC, D, prefetch(p.grad_k, i, k1, D));
+      multiply(n, Dv, GtC, D, prefetch(p.grad_k, i, k1, D));
       add_sign(p.k, i, n, w);
       write(p.grad_k, i, n, D, keys);
     }
@@ -207,8 +219,6 @@ template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
   const long parts = parts_for(pairs, p.threads, (longest + 4 * TOKENS - 1) / (4 * TOKENS), false);
   const long sums_size = round_up(L1Task<T>::sums_size(p), 16), memory_size = L1Task<T>::memory_size(p);
   auto run = [&](L1Task<T> &t, long part) {
-    typename T::session session;
-    (void)session;
     const long q0 = token_of(p.Nq, part, parts), q1 = token_of(p.Nq, part + 1, parts);
     if (BACKWARD)
       t.backward(q0, q1, token_of(p.Nk, part, parts), token_of(p.Nk, part + 1, parts));
@@ -221,6 +231,8 @@ template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
     for (long pair = 0; pair < pairs; pair++) {
       auto *memory = (float *)formix::scratch(4 * (sums_size + memory_size));
       if (!memory) { failed = 1; continue; }
+      typename T::session session;
+      (void)session;
       L1Task<T> t(p, pair / p.H, pair % p.H, memory, memory + sums_size);
       t.sum(0, p.Nq, 0, p.Nk, BACKWARD);
       t.scale_sums(BACKWARD);
@@ -232,6 +244,8 @@ template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
   if (!sums) return 1;
 #pragma omp parallel num_threads(p.threads) reduction(| : failed)
   {
+    typename T::session session;
+    (void)session;
     auto *memory = (float *)formix::scratch(4 * memory_size);
     if (!memory) failed = 1;
 #pragma omp for schedule(dynamic, 1)

@@ -132,6 +132,17 @@ static void pack_rows(const FormixTensor &t, int64_t type, long b, long h, long 
   }
 }
 
+// [n][ld] -> [columns][LDA]: tiles want the rows of a product on their left.
+static inline void transpose_units(const uint32_t *from, long ld, int n, int columns, uint32_t *to) {
+  for (int d = 0; d < columns; d += W)
+    for (int i = 0; i < n; i += W) {
+      vu block[W];
+      for (int r = 0; r < W; r++) block[r] = i + r < n ? load(from + (i + r) * ld + d) : vu{};
+      transpose(block);
+      for (int r = 0; r < W; r++) store(to + (long)(d + r) * LDA + i, block[r]);
+    }
+}
+
 // A matrix [rows][padded] of floats -> units along its rows, as above.
 template <class T> static INLINE void pack_matrix(const float *from, int rows, int padded, typename T::unit *to) {
   if constexpr (T::per_unit == 1) {

@@ -89,20 +89,10 @@ template <class T> struct PointwiseBackward {
       pack_rows<T>(p.q, p.type, b, h, i0, rows, D, Qr);
       pack_rows<T>(p.grad_out, p.type, b, h, i0, rows, Dv, dOr);
       if (T::tiles) {
-        transpose_units(Qr, Dp, (rows + 1) / 2, Qt);
-        transpose_units(dOr, Dvp, (rows + 1) / 2, dOt);
+        transpose_units(Qr, Dp, (rows + 1) / 2, Dp, Qt);
+        transpose_units(dOr, Dvp, (rows + 1) / 2, Dvp, dOt);
       }
     }
-  }
-
-  static void transpose_units(const unit *from, int columns, int n, unit *to) {  // [n][columns] -> [columns][LDA]
-    for (int d = 0; d < columns; d += W)
-      for (int i = 0; i < n; i += W) {
-        vu block[W];
-        for (int r = 0; r < W; r++) block[r] = i + r < n ? load((const uint32_t *)from + (i + r) * columns + d) : vu{};
-        transpose(block);
-        for (int r = 0; r < W; r++) store((uint32_t *)to + (d + r) * LDA + i, block[r]);
-      }
   }
 
   // S and dP of `rows` rows and n keys from j0 on, then P and dS.
