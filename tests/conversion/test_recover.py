@@ -269,11 +269,13 @@ def test_a_study_runs_all_its_designs(tmp_path) -> None:
         (tmp_path / "STS-B" / f"{split}.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
     recovery = {"stages": "match:1steps,align:1steps", "calibration": 1, "evaluations": 1, "held_out": 0.2}
     flags = [
-        f"--source={tmp_path / 'source'}", f"--recover=glue:{tmp_path / 'STS-B'}", f"--out={tmp_path / 'out'}",
+        f"--source={tmp_path / 'source'}", f"--recover=glue:{tmp_path / 'STS-B'}*3", f"--out={tmp_path / 'out'}",
         f"--sts={tmp_path / 'STS-B' / 'dev.tsv'}", f"--record={tmp_path / 'records'}", "--threads=1",
         f"--recovery={json.dumps(recovery)}",
     ]  # fmt: skip
     assert main(["convert", str(STUDIES / "minilm.yaml"), *flags]) == 0
+    counts = json.loads((tmp_path / "out" / "relu" / "conversion.json").read_text())["data"][0]["counts"]
+    assert counts["train"] == 3 * counts["different"]
     table = (tmp_path / "records" / "README.md").read_text()
     for design in ("relu", "paf", "sima", "relu+paf"):
         assert f"| minilm | {design} | sts_spearman |" in table

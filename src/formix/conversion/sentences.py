@@ -68,7 +68,8 @@ def load_sentences(
     limit: int | None = None,
 ) -> Data:
     """Sentences from one or several places joined by '+': ``glue:DIR/TASK`` (its train.tsv, labels unread) or
-    ``text:PATH`` (a file or folder; lines are divided into sentences).
+    ``text:PATH`` (a file or folder; lines are divided into sentences). ``*N`` behind a place has its sentences N times
+    in an epoch.
 
     Raises:
         ValueError: no such place, no sentence in it, or a tokenizer with more words than the model.
@@ -77,18 +78,23 @@ def load_sentences(
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model {vocab_size}; recovery needs the model's own."
         )
-    texts: list[str] = []
+    times: dict[str, int] = {}  # a sentence -> how often it is in an epoch
     for place in name.split("+"):
-        texts += _read(place)
-    texts = list(dict.fromkeys(text for text in texts if text.strip()))
+        place, _, number = place.partition("*")
+        if number and not (number.isdecimal() and int(number)):
+            raise ValueError(f"{number!r} behind {place!r} is no number of times; write {place}*4.")
+        for text in filter(str.strip, _read(place)):
+            times[text] = max(times.get(text, 0), int(number or 1))
+    texts = list(times)
     if len(texts) < 10:
         raise ValueError(f"{name!r} has {len(texts)} sentences; recovery needs 10 or more.")
+    random.Random(seed).shuffle(texts)
+    texts = texts[:limit]
     ids = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
-    random.Random(seed).shuffle(ids)
-    ids = ids[:limit]
     held = max(1, round(held_out * len(ids)))
+    train = [row for row, text in zip(ids[held:], texts[held:], strict=True) for _ in range(times[text])]
     pad = tokenizer.pad_token_id or 0
-    sets = [Sentences(part, pad=pad, tokens=tokens, seed=seed) for part in (ids[held:], ids[:held])]
+    sets = [Sentences(part, pad=pad, tokens=tokens, seed=seed) for part in (train, ids[:held])]
     return Data(
         name=name,
         task="sequence-regression",
@@ -102,8 +108,8 @@ def load_sentences(
         vocab_size=vocab_size,
         provenance={
             "source": name,
-            "counts": {"train": len(ids) - held, "held out": held},
-            "preprocessing": f"sentences once each, cut at {longest} tokens, batches of up to {tokens} tokens",
+            "counts": {"train": len(train), "different": len(ids) - held, "held out": held},
+            "preprocessing": f"sentences cut at {longest} tokens, batches of up to {tokens} tokens",
             "sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
         },
     )
