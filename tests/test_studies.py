@@ -11,6 +11,7 @@ import yaml
 import formix
 from formix.cli import main
 from formix.comparison import read_results
+from formix.data.glue import train_wordpiece
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -66,3 +67,47 @@ def test_the_teacher_of_the_converted_decoders_is_trained(tmp_path, monkeypatch)
     assert config.vocab_size == 1 + max(
         json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"].values()
     )
+
+
+TRAINING = sorted((ROOT / "studies" / "training").glob("*.yaml"))
+MINILM = sorted((ROOT / "studies" / "paf-minilm").glob("*.yaml"))
+
+
+def need(place: Path) -> Path:
+    if not place.exists():
+        pytest.skip(f"needs {place.name}, which is not part of formix")
+    return place
+
+
+@pytest.mark.parametrize("study", TRAINING, ids=lambda path: path.stem)
+def test_training_study(study, tmp_path):
+    flags = ["--epochs=1", "--limit=64", "--batch_size=32", "--evaluations=1", f"--out={tmp_path / 'out'}"]
+    if study.stem == "deit-tiny-imagenet20":
+        small = '{"patch_size": 16, "depth": 1, "embed_dim": 16, "num_heads": 2, "drop_path_rate": 0.05}'
+        flags += [f"--data=folder:{need(SHARED / 'tiny_imagenet20.tar')}", f"--model_args={small}"]
+    else:
+        need(Path("/usr/share/datasets/fashion-mnist"))
+        flags += ["--validation_fraction=0.01", '--model_args={"embed_dim": 16, "hidden_dim": 16, "depth": 1}']
+    assert main(["train", str(study), *flags]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert 0 <= result["test"] <= 1
+
+
+@pytest.mark.parametrize("study", MINILM, ids=lambda path: path.stem)
+def test_study_of_paf_from_weights(study, tmp_path):
+    task = yaml.safe_load(study.read_text())["data"].rpartition("/")[2]
+    folder = tmp_path / task
+    folder.mkdir()
+    for name in ("train.tsv", "dev.tsv"):  # the files begin alike in every task: a header, if any, and rows
+        lines = need(SHARED / "glue" / task / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:200]))
+    weights = str(tmp_path / "bert")
+    tokenizer = train_wordpiece([(folder / "train.tsv").read_text()])
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": len(tokenizer)}
+    formix.save(formix.create_model("bert-tiny", "softmax", task="features", **sizes), weights)
+    tokenizer.save_pretrained(weights)
+    flags = ["--seeds=1", "--epochs=1", "--lrs=1e-3", "--limit=64", "--validation_fraction=0.2"]
+    flags += [f"--data=glue:{folder}", f"--model={weights}", f"--tokenizer={weights}", f"--out={tmp_path / 'out'}"]
+    assert main(["compare", str(study), *flags]) == 0
+    results = read_results(tmp_path / "out" / "results.json")
+    assert [r.design for r in results.runs if r.test is not None] == ["softmax", "paf"]
