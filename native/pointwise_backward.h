@@ -2,8 +2,10 @@
 //   dV = P^T dO,  dS_ij = f_i scale h'(s_ij) (dO V^T)_ij,  dQ = dS K,  dK = dS^T Q.
 //
 // Scores are computed again, so nothing of size Nq x Nk exists. Loops: a block of keys, packed once, whose dK and dV stay
-// in cache; inside, all queries that see it, a block of rows at a time. dQ is summed over key blocks in fp32.
+// in cache; inside, all queries that see it, a block of rows at a time; inside, strips of keys, so that scores stay close.
+// dQ is summed over key blocks in fp32.
 #pragma once
+#include "activation_bf16.h"
 #include "pointwise_forward.h"
 
 constexpr int GRAD_ROWS = 96;  // query rows of a score block: the depth of the products P^T dO and dS^T Q
@@ -28,9 +30,40 @@ template <int ACT> static void weigh_gradient(float *s, float *dp, int n, RowSca
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same of two rows straight into what the products of bf16 read: pairs of rows, and dS also by rows. WEIGHED: s and dp
+// are weights and gradients already.
+template <int ACT, bool PLAIN, bool WEIGHED>
+static void narrow_gradients(const Bf16Activation<ACT> &f, const float *s, const float *dp, long ld, int n, const RowScale *r,
+                             uint32_t *P, uint32_t *dS_pairs, uint32_t *dS, long ld_dS) {
+  vf factor[2], slope_factor[2];
+  for (int i = 0; i < 2; i++)
+    factor[i] = splat(r[i].factor * (PLAIN ? f.factor : 1.0f)), slope_factor[i] = splat(r[i].factor * r[i].scale);
+  for (int j = 0; j < n; j += 2 * W) {
+    vf p[2][2], g[2][2];  // [row][half]
+    for (int i = 0; i < 2; i++)
+      for (int c = 0; c < 2; c++) {
+        vf x = load(s + i * ld + j + c * W), y = load(dp + i * ld + j + c * W);
+        if constexpr (!WEIGHED) {
+          vf slope;
+          x = f(PLAIN ? x : x * r[i].scale + r[i].bias, slope) * factor[i];
+          y = y * (slope * slope_factor[i]);
+        }
+        p[i][c] = x, g[i][c] = y;
+      }
+    for (int c = 0; c < 2; c++) {
+      store(P + j + c * W, bf16_interleaved(p[0][c], p[1][c]));
+      store(dS_pairs + j + c * W, bf16_interleaved(g[0][c], g[1][c]));
+    }
+    for (int i = 0; i < 2; i++) store(dS + i * ld_dS + j / 2, bf16_pair(g[i][0], g[i][1]));
+  }
+}
+#endif
+
 template <class T> struct PointwiseBackward {
   using unit = typename T::unit;
   static constexpr bool pairs = T::per_unit == 2;
+  static constexpr int BLOCK = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 128 : KEYS;  // keys
   const FormixPointwise &p;
   const long b, g, group;
   const int D, Dv, Dp, Dvp, units, units_v;
@@ -48,7 +81,7 @@ template <class T> struct PointwiseBackward {
   float *factor, *bias;  // [group][Nq]
   float *dQ;             // [group][Nq][Dp]
 
-  static long keys_of(const FormixPointwise &p) { return even_block(p.Nk, KEYS, NR); }
+  static long keys_of(const FormixPointwise &p) { return even_block(p.Nk, BLOCK, NR); }
   static long query_gradient_size(const FormixPointwise &p) { return p.Hq / p.Hkv * p.Nq * round_up(p.D, W); }
 
   // Lays out the working memory; with memory = null only measures it. `query_gradient`: where dQ is, or null for here.
@@ -95,37 +128,53 @@ template <class T> struct PointwiseBackward {
     }
   }
 
-  // S and dP of `rows` rows and n keys from j0 on, then P and dS.
-  void scores(const Visibility &see, long h_in_group, long i0, int rows, long j0, int n) const {
-    const int padded = round_up(n, T::tiles ? NR : W);  // tiles are multiplied whole
+  // S and dP of `rows` rows and n keys from j0 on, which is key `first` of the block, then P and dS.
+  void scores(const Visibility &see, long h_in_group, long i0, int rows, long j0, int n, long first) const {
+    const int padded = round_up(n, pairs ? NR : W);  // tiles are multiplied whole, pairs narrowed by two vectors
     for (int j = 0; j < n; j += NR) {
       int from = 0;  // rows before this panel's first key
       if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / MR * MR));
-      const long panel = j / NR, at = from * LDA + j;
+      const long panel = (first + j) / NR, at = from * LDA + j;
       gemm_panel<T, false, SET>(rows - from, n - j, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
       gemm_panel<T, false, SET>(rows - from, n - j, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at, LDA);
     }
     const bool masked = see.mask || (see.causal && j0 + n > i0 + 1);
     const float *f = factor + h_in_group * p.Nq + i0, *c = bias + h_in_group * p.Nq + i0;
-    for (int r = 0; r < rows; r++) {
-      float *s = S + r * LDA, *dp = dP + r * LDA;
+    auto scale_of = [&](int r) { return RowScale{f[r], (float)p.scale, c[r]}; };
+    auto weigh = [&](auto act) {
+      for (int r = 0; r < rows; r++) {
+        float *s = S + r * LDA, *dp = dP + r * LDA;
+        weigh_gradient<decltype(act)::value>(s, dp, padded, scale_of(r));
+        if (masked) see.apply(i0 + r, j0, j0 + n, s, dp);
+        for (int j = n; j < padded; j++) s[j] = dp[j] = 0;
+      }
+    };
+#if defined(__AVX512BF16__)
+    if constexpr (pairs) {
+      if (rows % 2) memset(S + rows * LDA, 0, sizeof(float) * padded), memset(dP + rows * LDA, 0, sizeof(float) * padded);
       with_activation(p.activation, [&](auto act) {
-        weigh_gradient<decltype(act)::value>(s, dp, padded, {f[r], (float)p.scale, c[r]});
+        constexpr int ACT = decltype(act)::value;
+        const bool weighed = masked || n < padded, plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
+        if (weighed) weigh(act);
+        const Bf16Activation<ACT> h(plain ? (float)p.scale : 1.0f);
+        auto narrow = [&](auto is_plain, auto is_weighed) {
+          for (int r = 0; r < rows; r += 2) {
+            const RowScale two[2] = {scale_of(r), r + 1 < rows ? scale_of(r + 1) : RowScale{0, 0, 0}};
+            narrow_gradients<ACT, is_plain.value, is_weighed.value>(
+                h, S + r * LDA, dP + r * LDA, LDA, padded, two, Pt + r / 2 * LDA, dSt + r / 2 * LDA, dS + r * LDA, LDA);
+          }
+        };
+        if (weighed)
+          narrow(Constant<0>{}, Constant<1>{});
+        else if (plain)
+          narrow(Constant<1>{}, Constant<0>{});
+        else
+          narrow(Constant<0>{}, Constant<0>{});
       });
-      if (masked) see.apply(i0 + r, j0, j0 + n, s, dp);
-      for (int j = n; j < padded; j++) s[j] = dp[j] = 0;
-      if constexpr (pairs)
-        for (int j = 0; j < padded; j += W) *(vh_at *)((uint16_t *)(dS + r * LDA) + j) = to_bf16(load(dp + j));
+      return;
     }
-    if constexpr (pairs)
-      for (int r = 0; r < rows; r += 2)
-        for (int j = 0; j < padded; j += W) {
-          const long at = r * LDA + j, to = r / 2 * LDA + j;
-          vu p1 = vu{}, ds1 = vu{};
-          if (r + 1 < rows) p1 = bf16_bits(load(S + at + LDA)), ds1 = bf16_bits(load(dP + at + LDA));
-          store(Pt + to, bf16_bits(load(S + at)) | (p1 << 16));
-          store(dSt + to, bf16_bits(load(dP + at)) | (ds1 << 16));
-        }
+#endif
+    with_activation(p.activation, weigh);
   }
 
   // The key blocks part, part + parts, ...: dK and dV of those are complete, dQ is their share.
@@ -157,21 +206,25 @@ template <class T> struct PointwiseBackward {
           const int seen = least((long)n, see.limit_of(i0 + rows - 1) - j0);
           if (seen <= 0) continue;
           read_rows(h, i0, rows);
-          scores(see, e, i0, rows, j0, seen);
-          if constexpr (T::tiles) {  // dV^T = dO^T P: AMX wants rows on the left, and P lies in pairs of rows
-            for (int j = 0; j < seen; j += NR) {
-              gemm_panel<T, false, ADD>(Dv, seen - j, row_units, dOt, 0, Pt + j, LDA, dVt + j, block_keys);
-              gemm_panel<T, false, ADD>(D, seen - j, row_units, Qt, 0, dSt + j, LDA, dKt + j, block_keys);
-            }
-          } else {
-            for (int d = 0; d < Dv; d += NR)
-              gemm_panel<T, true, ADD>(seen, Dv - d, row_units, Pt, LDA, dOr + d, ld_do, dV + d, Dvp);
-            for (int d = 0; d < D; d += NR)
-              gemm_panel<T, true, ADD>(seen, D - d, row_units, dSt, LDA, Qr + d, ld_q, dK + d, Dp);
-          }
           float *dq = dQ + (e * p.Nq + i0) * Dp;
-          for (int d = 0; d < D; d += NR)
-            gemm_panel<T, false, ADD>(rows, D - d, (seen + T::per_unit - 1) / T::per_unit, dS, 0, K + d, Dp, dq + d, Dp);
+          for (int s0 = 0; s0 < seen; s0 += STRIP) {
+            const int strip = least(STRIP, seen - s0);
+            scores(see, e, i0, rows, j0 + s0, strip, s0);
+            if constexpr (T::tiles) {  // dV^T = dO^T P: AMX wants rows on the left, and P lies in pairs of rows
+              for (int j = 0; j < strip; j += NR) {
+                gemm_panel<T, false, ADD>(Dv, strip - j, row_units, dOt, 0, Pt + j, LDA, dVt + s0 + j, block_keys);
+                gemm_panel<T, false, ADD>(D, strip - j, row_units, Qt, 0, dSt + j, LDA, dKt + s0 + j, block_keys);
+              }
+            } else {
+              for (int d = 0; d < Dv; d += NR)
+                gemm_panel<T, true, ADD>(strip, Dv - d, row_units, Pt, LDA, dOr + d, ld_do, dV + s0 * Dvp + d, Dvp);
+              for (int d = 0; d < D; d += NR)
+                gemm_panel<T, true, ADD>(strip, D - d, row_units, dSt, LDA, Qr + d, ld_q, dK + s0 * Dp + d, Dp);
+            }
+            for (int d = 0; d < D; d += NR)
+              gemm_panel<T, false, ADD>(rows, D - d, (strip + T::per_unit - 1) / T::per_unit, dS, 0,
+                                        K + s0 / T::per_unit * Dp + d, Dp, dq + d, Dp);
+          }
         }
       }
       if (T::tiles)

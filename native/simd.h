@@ -86,6 +86,11 @@ static INLINE vh to_bf16(vf x) {
 static INLINE vu bf16_pair(vf low, vf high) {  // 32 neighbours: those of `low` come first
   return (vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
+static INLINE vu bf16_interleaved(vf low, vf high) {  // low[0], high[0], low[1], ...
+  alignas(64) static const uint16_t order[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)bf16_pair(low, high));
+}
 #endif
 // fp16 <-> fp32 by integer arithmetic (Giesen): works without F16C and on any compiler.
 static INLINE vf from_f16(vh h) {
