@@ -64,6 +64,7 @@ template <class T> struct PointwiseBackward {
   using unit = typename T::unit;
   static constexpr bool pairs = T::per_unit == 2;
   static constexpr int BLOCK = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 128 : KEYS;  // keys
+  static constexpr int STEP = T::tiles ? 32 : MR;  // rows; with tiles a block is filled up to whole ones with zeros
   const FormixPointwise &p;
   const long b, g, group;
   const int D, Dv, Dp, Dvp, units, units_v;
@@ -82,7 +83,7 @@ template <class T> struct PointwiseBackward {
   float *dQ;             // [group][Nq][Dp]
 
   static long keys_of(const FormixPointwise &p) { return even_block(p.Nk, BLOCK, NR); }
-  static long query_gradient_size(const FormixPointwise &p) { return p.Hq / p.Hkv * p.Nq * round_up(p.D, W); }
+  static long query_gradient_size(const FormixPointwise &p) { return (p.Hq / p.Hkv * p.Nq + (T::tiles ? STEP : 0)) * round_up(p.D, W); }
 
   // Lays out the working memory; with memory = null only measures it. `query_gradient`: where dQ is, or null for here.
   long lay_out(float *memory, float *query_gradient) {
@@ -111,9 +112,12 @@ template <class T> struct PointwiseBackward {
   PointwiseBackward(const FormixPointwise &p, long b, long g)
       : p(p), b(b), g(g), group(p.Hq / p.Hkv), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)),
         units(units_of<T>(D)), units_v(units_of<T>(Dv)), block_keys(keys_of(p)),
-        block_rows(even_block(p.Nq, GRAD_ROWS, MR)) {}
+        block_rows(even_block(p.Nq, GRAD_ROWS, STEP)) {}
 
   void read_rows(long h, long i0, int rows) const {
+    if constexpr (T::tiles)
+      for (int r = rows; r < round_up(rows, STEP); r++)
+        memset(Q + r * LDA, 0, sizeof(unit) * units), memset(dO + r * LDA, 0, sizeof(unit) * units_v);
     for (int r = 0; r < rows; r++) {
       read_units<T>(row_of(p.q, p.type, b, h, i0 + r), p.type, D, round_up(units, W), Q + r * LDA);
       read_units<T>(row_of(p.grad_out, p.type, b, h, i0 + r), p.type, Dv, round_up(units_v, W), dO + r * LDA);
@@ -128,15 +132,16 @@ template <class T> struct PointwiseBackward {
     }
   }
 
-  // S and dP of `rows` rows and n keys from j0 on, which is key `first` of the block, then P and dS.
+  // S and dP of `rows` rows (and those that fill up the tiles) and n keys from j0 on, which is key `first` of the block, then P and dS.
   void scores(const Visibility &see, long h_in_group, long i0, int rows, long j0, int n, long first) const {
     const int padded = round_up(n, pairs ? NR : W);  // tiles are multiplied whole, pairs narrowed by two vectors
+    const int filled = T::tiles ? round_up(rows, STEP) : rows;
     for (int j = 0; j < n; j += NR) {
       int from = 0;  // rows before this panel's first key
-      if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / MR * MR));
+      if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / STEP * STEP));
       const long panel = (first + j) / NR, at = from * LDA + j;
-      gemm_panel<T, false, SET>(rows - from, n - j, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
-      gemm_panel<T, false, SET>(rows - from, n - j, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at, LDA);
+      gemm_panel<T, false, SET>(filled - from, n - j, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
+      gemm_panel<T, false, SET>(filled - from, n - j, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at, LDA);
     }
     const bool masked = see.mask || (see.causal && j0 + n > i0 + 1);
     const float *f = factor + h_in_group * p.Nq + i0, *c = bias + h_in_group * p.Nq + i0;
@@ -151,15 +156,20 @@ template <class T> struct PointwiseBackward {
     };
 #if defined(__AVX512BF16__)
     if constexpr (pairs) {
-      if (rows % 2) memset(S + rows * LDA, 0, sizeof(float) * padded), memset(dP + rows * LDA, 0, sizeof(float) * padded);
+      if (!T::tiles && rows % 2)
+        memset(S + rows * LDA, 0, sizeof(float) * padded), memset(dP + rows * LDA, 0, sizeof(float) * padded);
       with_activation(p.activation, [&](auto act) {
         constexpr int ACT = decltype(act)::value;
         const bool weighed = masked || n < padded, plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
-        if (weighed) weigh(act);
+        if (weighed) {
+          weigh(act);
+          for (int r = rows; r < filled; r++)
+            memset(S + r * LDA, 0, sizeof(float) * padded), memset(dP + r * LDA, 0, sizeof(float) * padded);
+        }
         const Bf16Activation<ACT> h(plain ? (float)p.scale : 1.0f);
         auto narrow = [&](auto is_plain, auto is_weighed) {
-          for (int r = 0; r < rows; r += 2) {
-            const RowScale two[2] = {scale_of(r), r + 1 < rows ? scale_of(r + 1) : RowScale{0, 0, 0}};
+          for (int r = 0; r < filled; r += 2) {
+            const RowScale nothing = {0, 0, 0}, two[2] = {r < rows ? scale_of(r) : nothing, r + 1 < rows ? scale_of(r + 1) : nothing};
             narrow_gradients<ACT, is_plain.value, is_weighed.value>(
                 h, S + r * LDA, dP + r * LDA, LDA, padded, two, Pt + r / 2 * LDA, dSt + r / 2 * LDA, dS + r * LDA, LDA);
           }
@@ -202,7 +212,8 @@ template <class T> struct PointwiseBackward {
         const int n = least((long)held, see.limit - j0);
         if (n <= 0) continue;
         for (long i0 = see.causal ? j0 / block_rows * block_rows : 0; i0 < p.Nq; i0 += block_rows) {
-          const int rows = least(block_rows, p.Nq - i0), row_units = (rows + T::per_unit - 1) / T::per_unit;
+          const int rows = least(block_rows, p.Nq - i0), filled = T::tiles ? round_up(rows, STEP) : rows,
+                    row_units = (filled + T::per_unit - 1) / T::per_unit;
           const int seen = least((long)n, see.limit_of(i0 + rows - 1) - j0);
           if (seen <= 0) continue;
           read_rows(h, i0, rows);
@@ -222,7 +233,7 @@ template <class T> struct PointwiseBackward {
                 gemm_panel<T, true, ADD>(strip, D - d, row_units, dSt, LDA, Qr + d, ld_q, dK + s0 * Dp + d, Dp);
             }
             for (int d = 0; d < D; d += NR)
-              gemm_panel<T, false, ADD>(rows, D - d, (strip + T::per_unit - 1) / T::per_unit, dS, 0,
+              gemm_panel<T, false, ADD>(filled, D - d, (strip + T::per_unit - 1) / T::per_unit, dS, 0,
                                         K + s0 / T::per_unit * Dp + d, Dp, dq + d, Dp);
           }
         }
