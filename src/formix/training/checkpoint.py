@@ -25,10 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from formix.models import save as save_model
 from formix.training.parallel import from_first, process_count, together
@@ -106,7 +106,7 @@ class Checkpoints:
         def parts() -> None:
             _write_json(partial / "random" / f"{process}.json", random)
             with warnings.catch_warnings(action="ignore"):  # that a single process saves alone
-                storage = HuggingFaceStorageWriter(str(partial / "training"), save_distributed=True)
+                storage = _storage("Writer")(str(partial / "training"), save_distributed=True)
                 dcp.save(tensors, storage_writer=storage, no_dist=not dist.is_initialized())
 
         def close() -> None:
@@ -155,8 +155,8 @@ class Checkpoints:
 
     def stored_tensors(self, path: Path) -> dict[str, tuple[int, ...]]:
         """Names and whole shapes of the tensors in a checkpoint."""
-        metadata = HuggingFaceStorageReader(str(path / "training")).read_metadata()
-        return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+        metadata = _storage("Reader")(str(path / "training")).read_metadata()
+        return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
 
     def read_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Fill the tensors from a checkpoint, whole or their shards, however many processes wrote it.
@@ -164,7 +164,7 @@ class Checkpoints:
         Raises:
             ValueError: it lacks one of them or has it in another shape.
         """
-        reader = HuggingFaceStorageReader(str(path / "training"))
+        reader = _storage("Reader")(str(path / "training"))
 
         def read() -> None:
             with warnings.catch_warnings(action="ignore"):
@@ -247,6 +247,17 @@ def _remove(path: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
         os.replace(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _storage(kind: str) -> Any:
+    """torch.distributed.checkpoint's safetensors storage, "Reader" or "Writer", which PyTorch has since 2.8."""
+    try:
+        return getattr(dcp, f"HuggingFaceStorage{kind}")
+    except AttributeError:
+        raise ValueError(
+            f"Checkpoints of training need PyTorch 2.8 or later, and this is {torch.__version__}; update it, or train "
+            "without checkpoints as formix compare does."
+        ) from None
 
 
 def _write_json(path: Path, content: Document) -> None:
