@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print("usage: formix VERB ...\n\n" + "\n".join(f"  {n:10} {_summary(f)}" for n, f in VERBS.items()))
+        print("usage: formix VERB ...\n\n" + "\n".join(f"  {n:16} {_summary(f)}" for n, f in VERBS.items()))
         print("\nformix VERB --help lists the flags of a verb.")
         return 0 if arguments else 2
     if arguments[0] == "--version":
