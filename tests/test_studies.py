@@ -39,10 +39,22 @@ def test_study(study, tmp_path):
         flags.append(f"--data={prefix}{SHARED / place}")
     if settings["data"] == "fashion-mnist" and not list(Path("/usr/share/datasets").glob("fashion-mnist*")):
         pytest.skip("needs Debian's dataset-fashion-mnist")
-    text = settings["data"].partition(":")[0] in ("stdlib", "text", "glue")
-    if study.stem == "demo-text":
+    source = settings["data"].partition(":")[0]
+    text = source in ("stdlib", "text", "glue")
+    if source in ("stdlib", "text"):
         flags += ["--validation_fraction=0.002", "--test_fraction=0.002"]
-    assert main(["compare", str(study), *flags, *SMALL["text" if text else "image-classification"]]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                str(study),
+                *flags,
+                *SMALL["text" if text else "image-classification"],
+                *(["--limit=400"] if source == "glue" else []),
+            ]
+        )
+        == 0
+    )
     results = read_results(tmp_path / "out" / "results.json")
     assert [d.design for d in results.designs] == settings["designs"].split(",")
     able = [d.design for d in results.designs if d.refused is None]

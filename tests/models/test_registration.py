@@ -77,7 +77,13 @@ AUTOS = {
     "multiple-choice": hf.AutoModelForMultipleChoice,
     "features": hf.AutoModel,
 }
-NAMES = {"gpt2": "gpt2-nano", "bert": "bert-tiny", "roberta": "roberta-tiny", "llama": "llama-nano"}
+NAMES = {
+    "gpt2": "gpt2-nano",
+    "bert": "bert-tiny",
+    "roberta": "roberta-tiny",
+    "distilbert": "distilbert-base",
+    "llama": "llama-nano",
+}
 
 
 @pytest.mark.parametrize(("family", "task"), TASKS)

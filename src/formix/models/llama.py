@@ -58,6 +58,11 @@ class FormixLlamaConfig(LlamaConfig):
     layer_types: list[str] | None = None  # of every layer: "full_attention" or "sliding_attention"; None: all full
     pruned_kv: bool = False  # see formix.models.kv_heads.prune_kv_heads
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None:  # transformers' caches and masks want it spelt out
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
 
 class RMSNorm(LlamaRMSNorm):
     """w x / sqrt(mean(x^2) + eps), in float32 for 16-bit inputs as transformers has it, and in float64 for float64."""
@@ -168,7 +173,7 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
     def __init__(self, config: FormixLlamaConfig) -> None:
         with no_layers(config):
             super().__init__(config)
-        kinds = config.layer_types or ["full_attention"] * config.num_hidden_layers
+        kinds = config.layer_types or []
         if len(kinds) != config.num_hidden_layers:
             raise ValueError(f"layer_types names {len(kinds)} layers, the model has {config.num_hidden_layers}.")
         if "sliding_attention" in kinds and not config.sliding_window:
@@ -190,7 +195,7 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
@@ -216,8 +221,15 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
-        full = None if all(self.windows) else as_boolean(create_causal_mask(**masking))
-        window = as_boolean(create_sliding_window_causal_mask(**masking)) if any(self.windows) else None
+        # generate() prepares the masks of static caches itself, one for each type of layer
+        masks: dict[str, Any] = attention_mask if isinstance(attention_mask, dict) else {}
+        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        full, window = (
+            as_boolean(masks[kind] if kind in masks else make[kind](**masking))
+            if kind in (self.config.layer_types or [])
+            else None
+            for kind in make
+        )
         rotation = self.rotary_emb(x, position_ids=position_ids)
         x = run_layers(self.layers, self.layer_designs, x, (full, window), rotation, past_key_values=past_key_values)
         return BaseModelOutputWithPast(
