@@ -31,12 +31,7 @@ def convert_model(
     keep: str | None = None,
 ) -> Any:
     """See `formix.convert`; a model in memory."""
-    source = open_source(model)
-    chosen = choose(source, design, layers, keep)
-    state, before = source_state(source, model)
-    target = like(source.build(chosen), model)
-    plan = carry_over(source, model, target, state, before)
-    _count(plan, source, model, target)
+    source, target, plan, state, before = _carried(model, design, layers, keep)
     target.conversion = _record(source, model, target, plan, state, before)
     return target.eval()
 
@@ -49,13 +44,18 @@ def plan_conversion(
     keep: str | None = None,
 ) -> Plan:
     """What `formix.convert` would do; the source is left as it is and nothing is written."""
+    return _carried(model, design, layers, keep)[2]
+
+
+def _carried(model: nn.Module, design: str | Design, layers: Sequence[int] | str | None, keep: str | None) -> Any:
+    """Source, target with every weight that has a place, plan, the source's tensors and its own earlier conversion."""
     source = open_source(model)
     chosen = choose(source, design, layers, keep)
     state, before = source_state(source, model)
     target = like(source.build(chosen), model)
     plan = carry_over(source, model, target, state, before)
     _count(plan, source, model, target)
-    return plan
+    return source, target, plan, state, before
 
 
 def restore(model: nn.Module) -> Any:
