@@ -1,0 +1,208 @@
+"""The design of a model's blocks and of a single layer, and both as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+from formix.design.checks import check_flags, deep_tuple, is_count
+from formix.design.layout import Layout
+from formix.design.mixers import MIXERS, Mixer, Pointwise, Sima, Softmax
+from formix.design.wiring import Wiring
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDesign:
+    """The choices of one layer, as a block needs them."""
+
+    mixer: Mixer
+    layout: Layout
+    source: int | None = None  # the earlier layer that `skip_heads` read
+    official: bool = False
+    index: int = 0
+    depth: int = 1
+    wiring: Wiring | None = None
+
+    def skip_heads(self, num_heads: int) -> tuple[int, ...]:
+        """Key/value heads of this layer that read the source layer."""
+        if self.source is None or self.wiring is None:
+            return ()
+        return self.wiring.skip_heads(self.index, num_heads, self.depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """Everything about a model's blocks that changes its mathematics; saved inside the model's config."""
+
+    mixer: Mixer = field(default_factory=Softmax)
+    layout: Layout = field(default_factory=Layout)
+    wiring: Wiring | None = None
+    official: bool = False  # reproduce the official code's quirks (tied norms, unused norms), as its checkpoints need
+    layers: Mapping[int, Mixer | Layout] = field(default_factory=dict)  # single layers that differ; -1 is the last
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mixer, get_args(Mixer)):
+            raise ValueError(
+                f"mixer is {self.mixer!r}; it must be one of {', '.join(m.__name__ for m in get_args(Mixer))}."
+            )
+        if not isinstance(self.layout, Layout) or not isinstance(self.wiring, Wiring | None):
+            raise ValueError(
+                f"layout is {self.layout!r} and wiring {self.wiring!r}; they must be a Layout, and a Wiring or None."
+            )
+        check_flags(self, "official")
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(f"layers is {self.layers!r}; it must map layer numbers to a mixer or a Layout.")
+        object.__setattr__(self, "layers", dict(self.layers))  # a copy: nobody else's changes reach this design
+        for layer, part in self.layers.items():
+            if not is_count(layer) or not isinstance(part, (*get_args(Mixer), Layout)):
+                raise ValueError(f"layers has {layer!r}: {part!r}; it must map layer numbers to a mixer or a Layout.")
+        if self.wiring is not None and not self.mixer.has_keys:
+            raise ValueError(
+                f"Skip wiring reads keys and values of an earlier layer, and a {self.mixer.kind} mixer has none: "
+                "leave out one of the two."
+            )
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in what is saved; the fields alone would take heads=1 (one head) for heads=1.0 (all of them)."""
+        return self.to_json() == other.to_json() if isinstance(other, Design) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def layer(self, index: int, depth: int) -> LayerDesign:
+        """The choices of layer `index` of `depth`."""
+        overrides: dict[str, Any] = {}
+        for number, part in self.layers.items():
+            if not -depth <= number < depth:
+                raise ValueError(f"layers names layer {number}; the model has layers 0 to {depth - 1}.")
+            if number % depth == index:
+                kind = "layout" if isinstance(part, Layout) else "mixer"
+                if kind in overrides:
+                    raise ValueError(
+                        f"layers names layer {index} twice, as {index} and {index - depth} of {depth} layers; "
+                        "leave out one of the two."
+                    )
+                overrides[kind] = part
+        sources = self.wiring.resolve(depth) if self.wiring is not None else (None,) * depth
+        chosen = LayerDesign(
+            mixer=overrides.get("mixer", self.mixer),
+            layout=overrides.get("layout", self.layout),
+            source=sources[index],
+            official=self.official,
+            index=index,
+            depth=depth,
+            wiring=self.wiring,
+        )
+        if not chosen.mixer.has_keys and (sources[index] is not None or index in sources):
+            raise ValueError(f"Layer {index} has a {chosen.mixer.kind} mixer, which has no keys for the skip wiring.")
+        return chosen
+
+    def mixes_tokens(self, depth: int) -> bool:
+        """Whether any of `depth` layers lets one token see another."""
+        return any(self.layer(i, depth).mixer.has_keys for i in range(depth))
+
+    def causal_refusal(self, depth: int) -> str | None:
+        """Why a causal language model of `depth` layers cannot have this design, or None."""
+        if any(isinstance(self.layer(i, depth).mixer, Sima) for i in range(depth)):
+            return (
+                "SimA cannot be causal: its l1 norms run over all tokens, so every position would see the future. "
+                "Use softmax or pointwise attention in decoders."
+            )
+        if not self.mixes_tokens(depth):
+            return (
+                "Activator mixes no tokens: as a language model it would see the current token alone. "
+                "Keep an attention mixer in some layers."
+            )
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` takes back."""
+        return {
+            "mixer": _mixer_to_dict(self.mixer),
+            "layout": dataclasses.asdict(self.layout),
+            "wiring": None if self.wiring is None else dataclasses.asdict(self.wiring),
+            "official": self.official,
+            "layers": {
+                str(i): _mixer_to_dict(p) if not isinstance(p, Layout) else {"kind": "layout", **dataclasses.asdict(p)}
+                for i, p in sorted(self.layers.items())
+            },
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Design:
+        """Rebuild a design; raises `ValueError` for unknown kinds and fields (a newer file, or a damaged one)."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"A design is a mapping of mixer, layout and wiring, not {data!r}.")
+        _known(data, {f.name for f in fields(cls)}, "a design")
+        wiring = data.get("wiring")
+        return cls(
+            mixer=part_from_dict(data.get("mixer", {"kind": "softmax"})),
+            layout=_build(Layout, data.get("layout", {}), "layout"),
+            wiring=None if wiring is None else _build(Wiring, wiring, "wiring"),
+            official=data.get("official", False),
+            layers=_layers_from_dict(data.get("layers", {})),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Design:
+        try:
+            return cls.from_dict(json.loads(text))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"This is not a design in JSON: {error}.") from None
+
+    def describe(self) -> str:
+        """The design's formula in one line."""
+        parts = [self.mixer.formula]
+        if isinstance(self.mixer, Pointwise):
+            m = self.mixer
+            parts = [f"L^-{m.length_exponent:g} {m.activation}(QKᵀ/√d) V" if m.activation != "sigmoid_bias" else
+                     "sigmoid(QKᵀ/√d - log L) V"]  # fmt: skip
+        norm = f", {self.layout.norm}-norm" if self.layout.norm else ""
+        if self.layout.parallel:
+            parts.append(f"x + mixer(x) + FFN(x){norm}")
+        elif not self.layout.ffn:
+            parts.append(f"no FFN{norm}")
+        elif norm:
+            parts.append(norm.removeprefix(", "))
+        if self.wiring is not None:
+            parts.append(f"K, V of layer {self.wiring.source} for heads {self.wiring.heads}")
+        if self.layers:
+            parts.append("layers " + ", ".join(f"{i}: {getattr(p, 'kind', 'layout')}" for i, p in self.layers.items()))
+        return "; ".join(parts)
+
+
+def _mixer_to_dict(mixer: Mixer | Layout) -> dict[str, Any]:
+    return {"kind": mixer.kind, **dataclasses.asdict(mixer)}  # type: ignore[union-attr]
+
+
+def _layers_from_dict(data: Any) -> dict[int, Any]:
+    if not isinstance(data, Mapping) or not all(re.fullmatch(r"-?\d+", str(number)) for number in data):
+        raise ValueError(f"layers is {data!r}; it must map layer numbers to a mixer or a layout.")
+    return {int(number): part_from_dict(part) for number, part in data.items()}
+
+
+def _known(data: Mapping[str, Any], names: set[str], what: str) -> None:
+    unknown = sorted(set(data) - names, key=str)
+    if unknown:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is no field of {what}; it has {', '.join(sorted(names))}.")
+
+
+def _build(part: Any, data: Mapping[str, Any], what: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{what} is {data!r}; it must be a mapping of its fields.")
+    _known(data, {f.name for f in fields(part)}, what)
+    return part(**{k: deep_tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+def part_from_dict(data: Mapping[str, Any]) -> Any:
+    if not isinstance(data, Mapping) or data.get("kind") not in (*MIXERS, "layout"):
+        raise ValueError(f"{data!r} is no mixer; its 'kind' must be one of {', '.join(MIXERS)}.")
+    rest = {k: v for k, v in data.items() if k != "kind"}
+    return _build(Layout if data["kind"] == "layout" else MIXERS[data["kind"]], rest, data["kind"])
