@@ -1,12 +1,13 @@
 """Kill a training run many times, also while it writes a checkpoint, and compare it with one that was left alone.
 
     python scripts/kill_and_resume.py                  # 20 kills
-    python scripts/kill_and_resume.py --kills=100 --seed=1
+    python scripts/kill_and_resume.py --kills=100 --epochs=150 --seed=1
 
 A small model is trained on digits with augmentation, dropout, accumulation and a moving average. Every second kill
 (SIGKILL: nothing can be tidied up) waits for a checkpoint's writing to begin; the others come at random, at the start
-or later. The killed run is started again each time. Exit status 0 if its weights, optimiser state, averages, losses
-and metrics equal those of the undisturbed run bit for bit.
+or later. Progress bounds them: a process stands still after its share of the checkpoints that remain, so the run has
+all its kills before its end on any machine. The killed run is started again each time. Exit status 0 if its weights,
+optimiser state, averages, losses and metrics equal those of the undisturbed run bit for bit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -27,68 +29,88 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+STEPS, SAVED = 9, 3  # steps of an epoch; steps between checkpoints
+STANDSTILL = 60  # seconds after which a process that nobody kills goes on
 RUN = [
     "train", "--data=digits", "--limit=256", "--design=relu", "--precision=float32", "--threads=1", "--batch-size=30",
     "--accumulation=2", "--ema=0.95", "--augmentation.shift=1", "--augmentation.erasing=0.25",
-    "--augmentation.mixup=0.2", "--evaluations=6", "--save-steps=3", "--save-minutes=0", "--log-steps=1", "--keep=2",
+    "--augmentation.mixup=0.2", "--evaluations=6", f"--save-steps={SAVED}", "--save-minutes=0", "--log-steps=1",
+    "--keep=2",
     '--model_args={"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 4, "drop_path_rate": 0.1}',
 ]  # fmt: skip
 SERVER = multiprocessing.get_context("forkserver")  # imports once, so that a new process starts at once
 SERVER.set_forkserver_preload(["formix.training.loop", "formix.comparison.models", "sklearn.datasets"])
 
 
-def train(out: Path, epochs: int) -> None:
-    """What a process does: exactly `formix train ...`."""
+def train(out: Path, epochs: int, last: float) -> None:
+    """What a process does: exactly `formix train ...`, which stands still after the checkpoint of step `last`."""
     from formix.cli import main
+    from formix.training import Checkpoints
 
+    write = Checkpoints.write
+
+    def write_and_stand(self: Checkpoints, step: int, *rest: Any) -> None:
+        write(self, step, *rest)
+        if step >= last:
+            time.sleep(STANDSTILL)
+
+    Checkpoints.write = write_and_stand  # type: ignore[method-assign]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     sys.exit(main([*RUN, f"--epochs={epochs}", f"--out={out}"]))
 
 
 def undisturbed(out: Path, epochs: int) -> float:
-    """Seconds that the run takes."""
-    child = SERVER.Process(target=train, args=(out, epochs))
-    begin = time.perf_counter()
+    """Seconds that the run takes from its first checkpoint on."""
+    child = SERVER.Process(target=train, args=(out, epochs, math.inf))
     child.start()
+    wait_for_progress(child, out, 0, math.inf)
+    begin = time.perf_counter()
     child.join()
     assert child.exitcode == 0, "the undisturbed run failed"
     return time.perf_counter() - begin
 
 
-def killed(out: Path, epochs: int, kills: int, longest: float, draw: random.Random) -> tuple[int, int]:
-    """Kill and restart until the run ends by itself: how many kills there were, and how many while it was writing."""
-    done, in_writing = 0, 0
-    while True:
-        child, remains = SERVER.Process(target=train, args=(out, epochs)), partial(out)
+def killed(out: Path, epochs: int, kills: int, longest: float, draw: random.Random) -> int:
+    """Kill and restart that many times, then let the run end; how many kills were while it was writing."""
+    in_writing = 0
+    for number in range(kills):
+        before, remains = newest(out), partial(out)
+        left = (STEPS * epochs - before) // SAVED  # checkpoints
+        last = before + SAVED * max(1, left // (kills - number + 1))
+        child = SERVER.Process(target=train, args=(out, epochs, last))
         child.start()
-        if done < kills:
-            moment = ("later", "in writing", "early", "in writing")[done % 4]
-            if moment != "early":  # after some progress, else the run would never end
-                wait(child, out, newest(out), until_writing=moment == "in writing")
-            child.join(draw.uniform(0, 0.02 if moment == "in writing" else longest))
-        else:
-            child.join()
+        moment = ("later", "in writing", "early", "in writing")[number % 4]
+        if moment != "early":  # after some progress, else the run would never end
+            wait_for_progress(child, out, before, last, until_writing=moment == "in writing")
+        child.join(draw.uniform(0, 0.02 if moment == "in writing" else longest))
         if not child.is_alive():
-            if child.exitcode != 0:
-                raise SystemExit(f"the run ended by itself with status {child.exitcode}")
-            return done, in_writing
+            raise SystemExit(f"the run ended by itself with status {child.exitcode}")
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        done += 1
         inside = partial(out) not in (remains, {})
         in_writing += inside
-        print(f"kill {done:3}: after {newest(out) or 'the start'}{', in the writing of the next' * inside}", flush=True)
+        reached = f"after step {newest(out)}" if newest(out) else "at the start"
+        print(f"kill {number + 1:3}: {reached}{', in the writing of the next' * inside}", flush=True)
+    child = SERVER.Process(target=train, args=(out, epochs, math.inf))
+    child.start()
+    child.join()
+    if child.exitcode != 0:
+        raise SystemExit(f"the run ended by itself with status {child.exitcode}")
+    return in_writing
 
 
-def wait(child: Any, out: Path, before: str, *, until_writing: bool) -> None:
-    """Until there is another checkpoint than `before`, and then the next one is being written."""
-    while child.is_alive() and (newest(out) == before or (until_writing and not partial(out))):
+def wait_for_progress(child: Any, out: Path, before: int, last: float, *, until_writing: bool = False) -> None:
+    """Until there is a checkpoint after step `before`, and then the next is being written or that of `last` is done."""
+    while child.is_alive() and newest(out) <= before:
+        time.sleep(0.001)
+    while until_writing and child.is_alive() and not partial(out) and newest(out) < last:
         time.sleep(0.001)
 
 
-def newest(out: Path) -> str:
-    return max((p.name for p in (out / "checkpoints").glob("step-*")), default="")
+def newest(out: Path) -> int:
+    """The step of the newest checkpoint, 0 before the first."""
+    return max((int(p.name.removeprefix("step-")) for p in (out / "checkpoints").glob("step-*")), default=0)
 
 
 def partial(out: Path) -> dict[str, int]:
@@ -103,8 +125,9 @@ def partial(out: Path) -> dict[str, int]:
 def differences(one: Path, other: Path) -> list[str]:
     """What is not the same in two finished runs."""
     found = []
-    last = newest(one)
-    for path in ("model/model.safetensors", *(f"checkpoints/{last}/{p}" for p in shards(one / "checkpoints" / last))):
+    last = f"checkpoints/step-{newest(one):09d}/training"
+    shards = sorted(path.name for path in (one / last).iterdir())
+    for path in ("model/model.safetensors", *(f"{last}/{shard}" for shard in shards)):
         mine, theirs = load_file(one / path), load_file(other / path)
         odd = [name for name in mine.keys() | theirs.keys() if not mine[name].equal(theirs[name])]
         found += [f"{path}: {name}" for name in odd]
@@ -117,10 +140,6 @@ def differences(one: Path, other: Path) -> list[str]:
     return found + (["result.json"] if results[0] != results[1] else [])
 
 
-def shards(checkpoint: Path) -> list[str]:
-    return sorted(f"training/{path.name}" for path in (checkpoint / "training").iterdir())
-
-
 def metrics(out: Path) -> list[dict[str, str]]:
     with (out / "metrics.csv").open() as file:
         return [row | {"seconds": ""} for row in csv.DictReader(file)]
@@ -129,20 +148,19 @@ def metrics(out: Path) -> list[dict[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=30, help="9 steps each, with a checkpoint every 3")
+    parser.add_argument("--epochs", type=int, default=30, help="9 steps and 3 checkpoints each")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
+    if arguments.epochs * STEPS // SAVED <= arguments.kills:
+        parser.error(f"--epochs={arguments.epochs} has too few checkpoints for --kills={arguments.kills}; give more.")
     with tempfile.TemporaryDirectory() as folder:
         calm, disturbed = Path(folder, "calm"), Path(folder, "disturbed")
         seconds = undisturbed(calm, arguments.epochs)
         longest = seconds / (2 * arguments.kills + 1)
         draw = random.Random(arguments.seed)
-        kills, in_writing = killed(disturbed, arguments.epochs, arguments.kills, longest, draw)
-        print(f"{kills} kills, {in_writing} of them inside the writing of a checkpoint")
+        in_writing = killed(disturbed, arguments.epochs, arguments.kills, longest, draw)
+        print(f"{arguments.kills} kills, {in_writing} of them inside the writing of a checkpoint")
         odd = differences(calm, disturbed)
-    if kills < arguments.kills:
-        print("the run ended before all kills; give it more --epochs")
-        return 1
     print("the killed run equals the undisturbed one" if not odd else f"DIFFERENT: {', '.join(odd[:5])}")
     return 1 if odd else 0
 
