@@ -119,6 +119,7 @@ WRONG = {
     "absurd budget": (["compare", "--epochs=1e300"], "epochs is 1e+300"),
     "number of no size": (["compare", "--epochs=nan"], "epochs is nan; it must be a finite number"),
     "choice": (["compare", "--precision=fp8"], "precision is fp8; it must be one of 'auto'"),
+    "key twice in YAML": (["compare", "{tmp}/twice.yaml"], "'seeds' is there twice, in line 3"),
     "null for a number": (["compare", "{tmp}/null.yaml"], "seeds is null; it must be a whole number"),
     "list for a mapping": (["compare", "{tmp}/list.yaml"], "holds no settings"),
     "YAML in another encoding": (["compare", "{tmp}/latin.yaml"], "no UTF-8 text"),
@@ -155,6 +156,7 @@ def wrong_files(tmp_path_factory):
     (tmp / "short.txt").write_text("too short")
     (tmp / "broken.yaml").write_text("data: [digits\n  designs: {")
     (tmp / "unknown.yaml").write_text("data: digits\ncolour: red\n")
+    (tmp / "twice.yaml").write_text("data: digits\nseeds: 1\nseeds: 2\n")
     (tmp / "null.yaml").write_text("data: digits\nseeds: null\n")
     (tmp / "list.yaml").write_text("- digits\n- softmax\n")
     (tmp / "latin.yaml").write_bytes("data: é\n".encode("latin-1"))

@@ -118,6 +118,7 @@ REFUSED = {
     "bias": ({"bias_1": torch.zeros(INNER + 1)}, {}, r"bias_1 \[11\]"),
     "norm": ({"norm_weight": torch.ones(C)}, {}, r"norm_weight \[6\]"),
     "second norm alone": ({"norm_2_weight": torch.ones(INNER)}, {}, "without norm_weight"),
+    "dtype": ({"weight_3": torch.zeros(C, INNER, dtype=torch.float64)}, {}, "weight_3 torch.float64"),
     "list": ({"x": [1.0]}, {}, "x is a list"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) ->
     """Several dataclasses whose fields stand side by side in the flags and the YAML."""
     from jsonargparse import ArgumentError, ArgumentParser
 
+    _refuse_equal_keys()
     about = " ".join(config_class.__doc__ for config_class in config_classes)
     parser = ArgumentParser(prog=f"formix {verb}", exit_on_error=False, description=about)
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
@@ -42,6 +44,36 @@ def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) ->
     except UnicodeDecodeError as error:
         raise ValueError(f"the file is no UTF-8 text ({error}).") from None
     return [_build(config_class, values) for config_class in config_classes]
+
+
+@functools.cache
+def _refuse_equal_keys() -> None:
+    """Of equal keys in YAML jsonargparse keeps the last without a word; with this they are an error."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+
+    def load_strictly(text: str) -> Any:
+        value = load(text)
+        if isinstance(value, dict):
+            check(yaml.compose(text, yaml.SafeLoader))
+        return value
+
+    def check(node: yaml.Node | None) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                check(item)
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"{key.value!r} is there twice, in line {line} again; keep one")
+                seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+                check(value)
+
+    set_loader("yaml", load_strictly, exceptions=(yaml.YAMLError,))
 
 
 def _build(config_class: Any, values: dict[str, Any]) -> Any:

@@ -84,6 +84,9 @@ def _check_shapes(
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise ValueError(f"{name} is a {type(t).__name__}; it must be a tensor.")
+    if len({t.dtype for t in given.values()}) > 1 and not torch.is_autocast_enabled(x.device.type):
+        kinds = ", ".join(f"{name} {t.dtype}" for name, t in given.items())
+        raise ValueError(f"The dtypes differ ({kinds}); they must agree outside autocast.")
     f, c = first.shape if first.dim() == 2 else (0, x.shape[-1])
     wanted = {
         "weight_1": (f, c),
