@@ -4,13 +4,24 @@ computed by the plain-torch reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from formix.ops.native_library import L1, POINTWISE, available, isas, library, set_isa
+from formix.ops import repeated
+from formix.ops.native_library import (
+    L1,
+    L1_TENSORS,
+    POINTWISE,
+    POINTWISE_TENSORS,
+    TENSOR_BYTES,
+    available,
+    isas,
+    library,
+    set_isa,
+)
 
 __all__ = [
     "available",
@@ -82,31 +93,46 @@ def pointwise_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    signature: Hashable | None = None,
 ) -> Tensor:
     """O = L^-a h(Q K^T scale) V (arXiv 2309.08586); see `formix.ops.pointwise_attention`.
 
     `enable_gqa` changes nothing here: the heads of query and key say it. With "sigmoid_bias", a is 0 as a rule.
+    Under `signature` the call is kept for the next one like it.
 
     Returns:
         [B, H, Nq, Dv], in memory [B, Nq, H, Dv]: transposing and joining the heads copies nothing.
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return torch.ops.formix.pointwise_attention(
-        query, key, value, attn_mask, activation, float(length_exponent), length, is_causal, float(scale)
-    )
+    inputs = (query, key, value, attn_mask, activation, float(length_exponent), length, is_causal, float(scale))
+    out = torch.ops.formix.pointwise_attention(*inputs)
+    if signature is not None and out.numel() and value.shape[2]:
+        arguments = _pointwise_arguments([out, None, None, None, None], *inputs)
+        _keep(signature, library().formix_pointwise_forward, arguments, POINTWISE_TENSORS, out)
+    return out
 
 
 def l1_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, key_padding_mask: Tensor | None = None, eps: float = 1e-12
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    eps: float = 1e-12,
+    signature: Hashable | None = None,
 ) -> Tensor:
     """O = Q diag(c) K^T V, c_j = 1 / (max(|q_:j|_1, eps) max(|k_:j|_1, eps)) (SimA, arXiv 2206.08898); see
-    `formix.ops.l1_attention`.
+    `formix.ops.l1_attention`. Under `signature` the call is kept for the next one like it.
 
     Returns:
         [B, H, Nq, Dv], in memory [B, Nq, H, Dv].
     """
-    return torch.ops.formix.l1_attention(query, key, value, key_padding_mask, eps)
+    out = torch.ops.formix.l1_attention(query, key, value, key_padding_mask, eps)
+    if signature is not None and out.numel():
+        arguments = _l1_arguments([out, None, None, None, None], query, key, value, key_padding_mask, eps)
+        _keep(signature, library().formix_l1_forward, arguments, L1_TENSORS, out)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------- calling the kernels
@@ -121,6 +147,11 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _tensor(t: Tensor) -> tuple[int, int, int, int]:
     b, h, n, _ = t.stride()
     return t.data_ptr(), b, h, n
+
+
+def _keep(signature: Hashable, kernel: Any, arguments: bytes, tensors: int, out: Tensor) -> None:
+    places = tuple(range(tensors, tensors + 5 * TENSOR_BYTES, TENSOR_BYTES))
+    repeated.keep(signature, repeated.Call(kernel, arguments, places, tuple(out.shape), out.stride()))
 
 
 def _call(function: Callable[[bytes], int], arguments: bytes) -> None:

@@ -13,8 +13,12 @@ NAME = "formix_native.so"
 
 # struct.pack formats of the structures in native/formix.h
 _TENSOR, _MASK = "P3q", "P4q"
-POINTWISE = struct.Struct("@12q2d" + 4 * _TENSOR + _MASK + 4 * _TENSOR)
-L1 = struct.Struct("@8qd" + 4 * _TENSOR + _MASK + "q" + 4 * _TENSOR)
+_POINTWISE_HEAD, _L1_HEAD = "@12q2d", "@8qd"
+POINTWISE = struct.Struct(_POINTWISE_HEAD + 4 * _TENSOR + _MASK + 4 * _TENSOR)
+L1 = struct.Struct(_L1_HEAD + 4 * _TENSOR + _MASK + "q" + 4 * _TENSOR)
+# where query, key, value, output and mask begin, each with its address
+POINTWISE_TENSORS, L1_TENSORS = struct.calcsize(_POINTWISE_HEAD), struct.calcsize(_L1_HEAD)
+TENSOR_BYTES = struct.calcsize("@" + _TENSOR)
 
 
 class UnavailableError(RuntimeError):

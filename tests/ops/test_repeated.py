@@ -1,0 +1,133 @@
+"""The short way to the kernel: the same numbers as the long way, and never where somebody else has to see the call."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from formix.ops import l1_attention, pointwise_attention, repeated
+from formix.ops.registry import native_module
+
+if native_module() is None or not native_module().available()[0]:
+    pytest.skip("no CPU kernels here", allow_module_level=True)
+
+N, D = 7, 16
+CALLS = {
+    "relu": lambda q, k, v: pointwise_attention(q, k, v),
+    "causal": lambda q, k, v: pointwise_attention(q, k, v, activation="gelu", is_causal=True, scale=0.3),
+    "mask": lambda q, k, v: pointwise_attention(q, k, v, attn_mask=k[:, :1, None, :, 0] > 0),
+    "sigmoid": lambda q, k, v: pointwise_attention(q, k, v, activation="sigmoid_bias", length=5),
+    "l1": lambda q, k, v: l1_attention(q, k, v),
+    "padding": lambda q, k, v: l1_attention(q, k, v, key_padding_mask=k[:, 0, :, 0] > 0),
+}
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def inputs(dtype=torch.float32, **options):
+    return torch.randn(2, N, 3, 2, D, dtype=dtype, **options).permute(2, 0, 3, 1, 4).unbind(0)  # views of a packed qkv
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept(monkeypatch):
+    monkeypatch.setattr(repeated, "_calls", {})
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Counts the calls that took the short way."""
+    taken = []
+    run = repeated.run
+
+    def counted(*arguments):
+        out = run(*arguments)
+        taken.append(out is not None)
+        return out
+
+    monkeypatch.setattr(repeated, "run", counted)
+    return lambda: sum(taken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CALLS)
+def test_the_second_call_is_short_and_has_the_numbers_of_a_first_one(name, dtype, short):
+    call = CALLS[name]
+    call(*inputs(dtype))
+    other = inputs(dtype)
+    out = call(*other)
+    assert short() == 1
+    repeated._calls.clear()
+    first = call(*other)
+    assert torch.equal(out, first)
+    assert out.stride() == first.stride()
+
+
+def test_another_shape_stride_type_option_or_number_of_threads_is_another_call(short):
+    q, k, v = inputs()
+    threads = torch.get_num_threads()
+    pointwise_attention(q, k, v)
+    pointwise_attention(q[:, :, :3], k, v)
+    pointwise_attention(q.contiguous(), k, v)
+    pointwise_attention(q.half(), k.half(), v.half())
+    pointwise_attention(q, k, v, scale=0.5)
+    l1_attention(q, k, v)
+    try:
+        torch.set_num_threads(threads + 1)
+        pointwise_attention(q, k, v)
+    finally:
+        torch.set_num_threads(threads)
+    assert short() == 0
+
+
+def test_what_is_wrong_stays_wrong_after_a_call_that_was_right():
+    q, k, v = inputs()
+    pointwise_attention(q, k, v)
+    with pytest.raises(ValueError, match="activation is"):
+        pointwise_attention(q, k, v, activation=["relu"])
+    with pytest.raises(ValueError, match="key is a list"):
+        pointwise_attention(q, [1.0], v)
+    with pytest.raises(ValueError, match="dtypes"):
+        pointwise_attention(q, k.double(), v)
+
+
+def test_gradients_take_the_long_way(short):
+    q, k, v = inputs()
+    pointwise_attention(q, k, v)
+    pointwise_attention(q.requires_grad_(), k, v).sum().backward()
+    assert short() == 0
+    assert q.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not pointwise_attention(q, k, v).requires_grad
+    assert short() == 1
+
+
+def test_whoever_watches_operators_sees_the_call():
+    q, k, v = inputs()
+    expected = pointwise_attention(q, k, v)
+    with torch.profiler.profile() as profile:
+        pointwise_attention(q, k, v)
+    assert any("pointwise_attention" in event.name for event in profile.events())
+    with Watch() as watch:
+        pointwise_attention(q, k, v)
+    assert watch.seen == ["formix.pointwise_attention.default"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pointwise_attention(q, k, v).dtype == torch.bfloat16
+    compiled = torch.compile(pointwise_attention, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(q, k, v), expected)
+    mirrored = torch._neg_view(q)
+    assert torch.allclose(pointwise_attention(mirrored, k, v), pointwise_attention(-q, k, v))
+
+
+def test_no_more_calls_are_kept_than_a_limit(monkeypatch):
+    monkeypatch.setattr(repeated, "_MOST", 4)
+    for n in range(1, 12):
+        q, k, v = torch.randn(3, 1, 1, n, 8).unbind(0)
+        pointwise_attention(q, k, v)
+        assert len(repeated._calls) <= 4
