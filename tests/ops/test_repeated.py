@@ -97,15 +97,59 @@ def test_what_is_wrong_stays_wrong_after_a_call_that_was_right():
         pointwise_attention(q, k.double(), v)
 
 
-def test_gradients_take_the_long_way(short):
-    q, k, v = inputs()
-    pointwise_attention(q, k, v)
-    pointwise_attention(q.requires_grad_(), k, v).sum().backward()
-    assert short() == 0
-    assert q.grad.abs().sum() > 0
-    with torch.no_grad():
-        assert not pointwise_attention(q, k, v).requires_grad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_of_the_second_call_are_those_of_a_first_one(name, dtype, short):
+    call = CALLS[name]
+    qkv = [x.detach().requires_grad_() for x in inputs(dtype)]
+    weights = torch.randn(2, 2, N, D, dtype=dtype)
+    first, second = (torch.autograd.grad(call(*qkv), qkv, weights) for _ in range(2))
     assert short() == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_of_gradients(short):
+    qkv = [x.detach().requires_grad_() for x in inputs()]
+
+    def twice():
+        (first,) = torch.autograd.grad(
+            pointwise_attention(*qkv, activation="gelu").square().sum(), qkv[:1], create_graph=True
+        )
+        return torch.autograd.grad(first.square().sum(), qkv)
+
+    for a, b in zip(twice(), twice(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert short() == 1
+
+
+def test_without_gradients_there_is_no_graph(short):
+    qkv = [x.detach().requires_grad_() for x in inputs()]
+    assert pointwise_attention(*qkv).requires_grad
+    assert pointwise_attention(*qkv).requires_grad
+    with torch.no_grad():
+        assert not pointwise_attention(*qkv).requires_grad
+    with torch.inference_mode():
+        assert pointwise_attention(*qkv).is_inference()
+    assert short() == 3
+
+
+def test_autocast_is_short_where_it_has_nothing_to_cast(short):
+    half = inputs(torch.bfloat16)
+    pointwise_attention(*half)
+    with torch.autocast("cpu", torch.bfloat16):
+        pointwise_attention(*half)
+        assert short() == 1
+        assert pointwise_attention(*inputs()).dtype == torch.bfloat16
+    assert short() == 1
+
+
+def test_checkpointing_recomputes_a_short_call():
+    qkv = [x.detach().requires_grad_() for x in inputs()]
+    pointwise_attention(*qkv)
+    expected = torch.autograd.grad(pointwise_attention(*qkv).square().sum(), qkv)
+    out = torch.utils.checkpoint.checkpoint(pointwise_attention, *qkv, use_reentrant=False)
+    found = torch.autograd.grad(out.square().sum(), qkv)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_whoever_watches_operators_sees_the_call():

@@ -109,7 +109,8 @@ def pointwise_attention(
     out = torch.ops.formix.pointwise_attention(*inputs)
     if signature is not None and out.numel() and value.shape[2]:
         arguments = _pointwise_arguments([out, None, None, None, None], *inputs)
-        _keep(signature, library().formix_pointwise_forward, arguments, POINTWISE_TENSORS, out)
+        kernel, op = library().formix_pointwise_forward, torch.ops.formix.pointwise_attention_backward
+        _keep(signature, out, kernel, arguments, POINTWISE_TENSORS, inputs[4:], _pointwise_backward_cpu, op)
     return out
 
 
@@ -131,7 +132,8 @@ def l1_attention(
     out = torch.ops.formix.l1_attention(query, key, value, key_padding_mask, eps)
     if signature is not None and out.numel():
         arguments = _l1_arguments([out, None, None, None, None], query, key, value, key_padding_mask, eps)
-        _keep(signature, library().formix_l1_forward, arguments, L1_TENSORS, out)
+        kernel, op = library().formix_l1_forward, torch.ops.formix.l1_attention_backward
+        _keep(signature, out, kernel, arguments, L1_TENSORS, (eps,), _l1_backward_cpu, op)
     return out
 
 
@@ -149,9 +151,12 @@ def _tensor(t: Tensor) -> tuple[int, int, int, int]:
     return t.data_ptr(), b, h, n
 
 
-def _keep(signature: Hashable, kernel: Any, arguments: bytes, tensors: int, out: Tensor) -> None:
+def _keep(
+    signature: Hashable, out: Tensor, kernel: Any, arguments: bytes, tensors: int, options: Any, *backwards: Any
+) -> None:
     places = tuple(range(tensors, tensors + 5 * TENSOR_BYTES, TENSOR_BYTES))
-    repeated.keep(signature, repeated.Call(kernel, arguments, places, tuple(out.shape), out.stride()))
+    call = repeated.Call(kernel, arguments, places, tuple(out.shape), out.stride(), options, *backwards)
+    repeated.keep(signature, call)
 
 
 def _call(function: Callable[[bytes], int], arguments: bytes) -> None:
