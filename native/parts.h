@@ -7,3 +7,9 @@ static inline long parts_for(long tasks, long threads, long pieces, bool uneven)
   while (parts < pieces && tasks * parts < 8 * threads && (uneven || (tasks * parts) % threads != 0)) parts++;
   return parts;
 }
+
+// How many tasks a thread takes at a time. Short ones one after another, so that from call to call a thread meets the same
+// rows, which its cache holds; long or uneven ones singly, so that no thread waits for the last.
+static inline long tasks_at_once(long tasks, long threads, long tokens, bool uneven) {
+  return uneven || tokens > 1024 ? 1 : (tasks + threads - 1) / threads;
+}

@@ -140,8 +140,9 @@ template <class T> struct PointwiseBackward {
       int from = 0;  // rows before this panel's first key
       if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / STEP * STEP));
       const long panel = (first + j) / NR, at = from * LDA + j;
-      gemm_panel<T, false, SET>(filled - from, n - j, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
-      gemm_panel<T, false, SET>(filled - from, n - j, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at, LDA);
+      const int columns = T::tiles ? NR : n - j;  // keys that fill up a tile are zeros
+      gemm_panel<T, false, SET>(filled - from, columns, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
+      gemm_panel<T, false, SET>(filled - from, columns, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at, LDA);
     }
     const bool masked = see.mask || (see.causal && j0 + n > i0 + 1);
     const float *f = factor + h_in_group * p.Nq + i0, *c = bias + h_in_group * p.Nq + i0;
@@ -160,7 +161,8 @@ template <class T> struct PointwiseBackward {
         memset(S + rows * LDA, 0, sizeof(float) * padded), memset(dP + rows * LDA, 0, sizeof(float) * padded);
       with_activation(p.activation, [&](auto act) {
         constexpr int ACT = decltype(act)::value;
-        const bool weighed = masked || n < padded, plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
+        // The zeros behind the last key give dS = 0, and a dV that nobody reads; other keys behind n must be hidden.
+        const bool weighed = masked || (n < padded && !(T::tiles && j0 + n == p.Nk)), plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
         if (weighed) {
           weigh(act);
           for (int r = rows; r < filled; r++)
@@ -187,6 +189,17 @@ template <class T> struct PointwiseBackward {
     with_activation(p.activation, weigh);
   }
 
+  // [channels][block_keys] -> [keys][ld], whole vectors.
+  void by_rows(const float *from, int channels, int keys, float *to, long ld) const {
+    for (int d = 0; d < channels; d += W)
+      for (int j = 0; j < keys; j += W) {
+        vu block[W];
+        for (int r = 0; r < W; r++) block[r] = d + r < channels ? load((const uint32_t *)from + (d + r) * block_keys + j) : vu{};
+        transpose(block);
+        for (int r = 0; r < W; r++) store((uint32_t *)to + (j + r) * ld + d, block[r]);
+      }
+  }
+
   // The key blocks part, part + parts, ...: dK and dV of those are complete, dQ is their share.
   void run(long part, long parts) const {
     typename T::session session;
@@ -199,6 +212,7 @@ template <class T> struct PointwiseBackward {
       pack_transposed<T>(p.k, p.type, b, g, j0, held, D, Kt);
       pack_transposed<T>(p.v, p.type, b, g, j0, held, Dv, Vt);
       pack_rows<T>(p.k, p.type, b, g, j0, held, D, K);
+      if (T::tiles) memset(K + (held + 1) / 2 * Dp, 0, sizeof(unit) * (round_up(held, NR) / 2 - (held + 1) / 2) * Dp);
       if (T::tiles) {
         memset(dKt, 0, sizeof(float) * D * block_keys);
         memset(dVt, 0, sizeof(float) * Dv * block_keys);
@@ -219,12 +233,13 @@ template <class T> struct PointwiseBackward {
           read_rows(h, i0, rows);
           float *dq = dQ + (e * p.Nq + i0) * Dp;
           for (int s0 = 0; s0 < seen; s0 += STRIP) {
-            const int strip = least(STRIP, seen - s0);
+            const int strip = least(STRIP, seen - s0),
+                      strip_units = (T::tiles ? round_up(strip, NR) : strip + T::per_unit - 1) / T::per_unit;
             scores(see, e, i0, rows, j0 + s0, strip, s0);
             if constexpr (T::tiles) {  // dV^T = dO^T P: AMX wants rows on the left, and P lies in pairs of rows
               for (int j = 0; j < strip; j += NR) {
-                gemm_panel<T, false, ADD>(Dv, strip - j, row_units, dOt, 0, Pt + j, LDA, dVt + s0 + j, block_keys);
-                gemm_panel<T, false, ADD>(D, strip - j, row_units, Qt, 0, dSt + j, LDA, dKt + s0 + j, block_keys);
+                gemm_panel<T, false, ADD>(Dv, NR, row_units, dOt, 0, Pt + j, LDA, dVt + s0 + j, block_keys);
+                gemm_panel<T, false, ADD>(D, NR, row_units, Qt, 0, dSt + j, LDA, dKt + s0 + j, block_keys);
               }
             } else {
               for (int d = 0; d < Dv; d += NR)
@@ -233,16 +248,12 @@ template <class T> struct PointwiseBackward {
                 gemm_panel<T, true, ADD>(strip, D - d, row_units, dSt, LDA, Qr + d, ld_q, dK + s0 * Dp + d, Dp);
             }
             for (int d = 0; d < D; d += NR)
-              gemm_panel<T, false, ADD>(filled, D - d, (strip + T::per_unit - 1) / T::per_unit, dS, 0,
+              gemm_panel<T, false, ADD>(filled, D - d, strip_units, dS, 0,
                                         K + s0 / T::per_unit * Dp + d, Dp, dq + d, Dp);
           }
         }
       }
-      if (T::tiles)
-        for (int j = 0; j < held; j++) {
-          for (int d = 0; d < D; d++) dK[(long)j * Dp + d] = dKt[d * block_keys + j];
-          for (int d = 0; d < Dv; d++) dV[(long)j * Dvp + d] = dVt[d * block_keys + j];
-        }
+      if (T::tiles) by_rows(dKt, D, held, dK, Dp), by_rows(dVt, Dv, held, dV, Dvp);
       for (int j = 0; j < held; j++) {
         write_row((void *)row_of(p.grad_k, p.type, b, g, j0 + j), p.type, D, dK + (long)j * Dp);
         write_row((void *)row_of(p.grad_v, p.type, b, g, j0 + j), p.type, Dv, dV + (long)j * Dvp);
@@ -261,10 +272,11 @@ template <class T> static int pointwise_backward(const FormixPointwise &p) {
   const long share = PointwiseBackward<T>::query_gradient_size(p);
   float *shares = nullptr;  // of dQ, when several tasks add to one
   if (parts > 1 && !(shares = (float *)aligned_alloc(64, (4 * pairs * parts * share + 63) / 64 * 64))) return 1;
+  const long at_once = tasks_at_once(pairs * parts, p.threads, greatest(p.Nq, p.Nk), p.causal);
   int failed = 0;
 #pragma omp parallel num_threads(p.threads) reduction(| : failed)
   {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, at_once)
     for (long task = 0; task < pairs * parts; task++) {
       const long pair = task / parts;
       PointwiseBackward<T> backward(p, pair / p.Hkv, pair % p.Hkv);

@@ -208,8 +208,9 @@ template <class T> struct PointwiseForward {
 
 template <class T> static int pointwise_forward(const FormixPointwise &p) {
   const long pairs = p.B * p.Hkv, parts = parts_for(pairs, p.threads, PointwiseForward<T>::blocks_of(p), p.causal);
+  const long at_once = tasks_at_once(pairs * parts, p.threads, greatest(p.Nq, p.Nk), p.causal);
   int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads) reduction(| : failed)
+#pragma omp parallel for schedule(dynamic, at_once) num_threads(p.threads) reduction(| : failed)
   for (long task = 0; task < pairs * parts; task++) {
     const long part = parts - 1 - task % parts, pair = task / parts;  // causal: the longest part first
     PointwiseForward<T> forward(p, pair / p.Hkv, pair % p.Hkv, part, parts);
