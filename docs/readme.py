@@ -1,7 +1,8 @@
-"""Writes the tables of README.md from results files: `python docs/readme.py`, or `make readme`.
+"""Writes the tables of README.md and docs/ from results files: `python docs/readme.py`, or `make readme`.
 
 Between `<!-- table: results.json ... -->` and `<!-- end -->` stand the Markdown tables of those files, which
-`formix compare` or `formix bench targets` wrote; `--check` only says whether they still do.
+`formix compare` or `formix bench targets` wrote; `<!-- joint: results.json ... -->` joins those of comparisons in one.
+`--check` only says whether the tables still are those of the files.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from pathlib import Path
 from formix import records
 from formix.benchmarks.results import SCHEMA, Benchmark
 from formix.benchmarks.tables import targets_markdown
-from formix.comparison import markdown_table, read_results
+from formix.comparison import joint_markdown, markdown_table, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+TABLE = re.compile(r"(<!-- (table|joint): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def tables(match: re.Match[str]) -> str:
     """The tables of the files that a marker names."""
-    begin, files, end = match.groups()
-    parts = [f"{_table(ROOT / file).strip()}\n" for file in files.split()]
+    begin, kind, files, end = match.groups()
+    paths = [ROOT / file for file in files.split()]
+    if kind == "joint":
+        return f"{begin}\n{joint_markdown([read_results(path) for path in paths])}\n{end}"
+    parts = [f"{_table(path).strip()}\n" for path in paths]
     return f"{begin}\n" + "\n".join(parts) + f"\n{end}"
 
 
@@ -37,13 +42,14 @@ def _table(path: Path) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = TABLE.sub(tables, before)
-    if "--check" in sys.argv:
-        return int(before != after)
-    readme.write_text(after)
-    return 0
+    changed = 0
+    for page in PAGES:
+        before = page.read_text()
+        after = TABLE.sub(tables, before)
+        if before != after and "--check" not in sys.argv:
+            page.write_text(after)
+        changed |= before != after
+    return int(changed and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ def test_report_makes_the_page_and_the_table_again(tmp_path, capsys):
     assert main(["report", results, "--markdown"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert sum("relu" in row.split("|")[1] for row in rows if row.startswith("| ")) == 1
+    assert main(["report", results, results, "--joint"]) == 0
+    assert "| Design | digits, accuracy ↑ | digits, accuracy ↑ |" in capsys.readouterr().out
 
 
 def test_analyze_prints_a_row_for_every_layer(tmp_path, capsys):

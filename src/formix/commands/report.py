@@ -4,18 +4,21 @@ from __future__ import annotations
 
 
 def report(arguments: list[str]) -> int:
-    """Make the report of results.json files again, or with --markdown print their tables."""
+    """Make the report of results.json files again, or print their tables: --markdown each, --joint all in one."""
     from rich.console import Console
 
-    from formix.comparison import markdown_table, read_results, write_report
+    from formix.comparison import joint_markdown, markdown_table, read_results, write_report
 
     paths = [a for a in arguments if not a.startswith("-")]
     options = [a for a in arguments if a.startswith("-")]
     out = next((a.removeprefix("--out=") for a in options if a.startswith("--out=")), "report.html")
-    unknown = [a for a in options if a != "--markdown" and not a.startswith("--out=")]
+    unknown = [a for a in options if a not in ("--markdown", "--joint") and not a.startswith("--out=")]
     if unknown or not paths:
-        raise ValueError("usage: formix report RESULTS.json ... [--out=report.html] [--markdown].")
+        raise ValueError("usage: formix report RESULTS.json ... [--out=report.html] [--markdown | --joint].")
     results = [read_results(path) for path in paths]
+    if "--joint" in options:
+        print(joint_markdown(results))
+        return 0
     if "--markdown" in options:
         print("\n\n".join(markdown_table(result) for result in results))
         return 0
