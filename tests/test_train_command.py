@@ -42,7 +42,7 @@ def test_it_writes_model_metrics_and_checkpoints_and_eval_finds_the_same(trained
     capsys.readouterr()
     assert main(["eval", str(trained), "--json=true"]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        "metric": "accuracy", "split": "test", "value": result["test"], "samples": 359,
+        "metric": "accuracy", "split": "test", "value": result["test"], "samples": 359, "skipped": {},
     }  # fmt: skip
     assert main(["eval", str(trained / "model"), "--data=digits", "--limit=128", "--split=validation"]) == 0
     assert f"{result['validation']:.4f}" in capsys.readouterr().out

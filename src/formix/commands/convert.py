@@ -162,6 +162,7 @@ def _metrics(config: ConvertConfig) -> dict[str, Any]:
         perplexity=config.perplexity,
         sequence_length=recovery.sequence_length,
         img_size=recovery.img_size,
+        on_bad_sample=recovery.on_bad_sample,
     )
 
 

@@ -29,6 +29,9 @@ class EvalConfig:
     validation_fraction: float | None = None  # as in the training, so that the splits are the same
     test_fraction: float | None = None
     limit: int | None = None  # most training samples (bytes of text)
+    on_bad_sample: Literal["refuse", "skip"] | None = (
+        None  # of images in files: one that cannot be read is an error, or is left out
+    )
     json: bool = False  # print JSON
 
 
@@ -66,6 +69,7 @@ def evaluate(arguments: list[str]) -> int:
         "split": config.split,
         "value": value,
         "samples": len(getattr(data, config.split)),
+        "skipped": data.provenance.get("skipped", {}),  # of the splits that the data name
     }
     if config.json:
         print(json.dumps(figures))

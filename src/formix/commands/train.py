@@ -91,11 +91,14 @@ def train(arguments: list[str]) -> int:
         if first:
             assert latest is not None
             record = {"metric": data.metric, "validation": result.validation, "test": test, "chance": data.chance}
-            out.finish(latest, {**record, "seconds": result.seconds, "samples": result.samples})
+            skipped = data.provenance.get("skipped", {})
+            out.finish(latest, {**record, "seconds": result.seconds, "samples": result.samples, "skipped": skipped})
             console = Console()
             console.print(
                 f"{data.metric}: validation {result.validation:.4f}, test {test:.4f}, chance {data.chance:.4f}"
             )
+            if count := sum(skipped.values()):
+                console.print(f"Samples that could not be read and were left out: {count}")
             console.print(f"Model: {out.model}", soft_wrap=True)
     return 0
 
@@ -132,6 +135,8 @@ def _display(training: TrainConfig, data: Data) -> Iterator[Callable[[Step], Non
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("starting", total=1.0)
+    skipped = sum(data.provenance.get("skipped", {}).values())
+    left_out = f", {skipped} unreadable left out" if skipped else ""
     state: dict[str, Any] = {"shown": 0.0, "validation": "", "begin": None}
 
     def show(step: Step) -> None:
@@ -146,7 +151,7 @@ def _display(training: TrainConfig, data: Data) -> Iterator[Callable[[Step], Non
         begin = state["begin"]
         spent = max(step.seconds - begin.seconds, 1e-9)
         speed = (step.samples - begin.samples) * (per_sample or 1) / spent
-        text = f"epoch {step.epoch:.1f}, loss {step.loss:.4f}{state['validation']}, {speed:,.0f} {unit}/s"
+        text = f"epoch {step.epoch:.1f}, loss {step.loss:.4f}{state['validation']}, {speed:,.0f} {unit}/s{left_out}"
         bar.update(task, description=text, completed=step.progress)
 
     try:

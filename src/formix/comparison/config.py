@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from formix.data import OnBadSample
 from formix.design import design, split_outside_brackets
 from formix.training.config import TrainConfig
 
@@ -38,6 +39,7 @@ class CompareConfig:
     validation_fraction: float | None = None  # held out for choosing; None: the data's own default
     test_fraction: float | None = None  # held out for reporting where the data have no test split
     limit: int | None = None  # most training samples (bytes of text)
+    on_bad_sample: OnBadSample = "refuse"  # of images in files: one that cannot be read ends it, or is left out
 
     latency: bool = True  # measure inference time at batch 1 and 32 in float32 and bfloat16
     threads: int | None = None  # CPU threads; None: PyTorch's choice

@@ -71,6 +71,7 @@ def compare(config: CompareConfig, on_progress: Callable[[Progress], None] | Non
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
         limit=config.limit,
+        on_bad_sample=config.on_bad_sample,
     )
     designs = _check_designs(config, data)
     _claim(out, config, data)
@@ -219,7 +220,7 @@ def _task(config: CompareConfig, data: Data) -> Task:
 def _defining(config: CompareConfig) -> dict[str, Any]:
     """The fields that decide a run's outcome; the others may change between two starts of the same comparison."""
     fields = dataclasses.asdict(config)
-    for name in ("designs", "seeds", "lrs", "out", "latency"):
+    for name in ("designs", "seeds", "lrs", "out", "latency", "on_bad_sample"):  # the data's hash has what is left out
         fields.pop(name)
     return fields
 

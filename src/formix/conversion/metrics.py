@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from formix.data import load_data
+from formix.data import OnBadSample, load_data
 
 
 def metrics_for(
@@ -18,6 +18,7 @@ def metrics_for(
     perplexity: str | None = None,
     sequence_length: int = 128,
     img_size: int | None = None,
+    on_bad_sample: OnBadSample = "refuse",
 ) -> dict[str, Callable[[nn.Module], float]]:
     """name -> measure of a model; those whose data were not named are left out."""
     from formix import evaluation
@@ -29,7 +30,7 @@ def metrics_for(
         words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         metrics["sts_spearman"] = lambda model: evaluation.sts_spearman(model, words, sts)
     for place in probe.split("+") if probe else ():
-        images = load_data(place, img_size=img_size)
+        images = load_data(place, img_size=img_size, on_bad_sample=on_bad_sample)
         metrics[f"probe {Path(place.partition(':')[2]).stem or place}"] = lambda model, data=images: (  # type: ignore[misc]
             evaluation.linear_probe(model, data)
         )

@@ -19,7 +19,7 @@ from formix.conversion.carry import convert_model
 from formix.conversion.objectives import Distillation
 from formix.conversion.recover import STAGES, Stage, recover
 from formix.conversion.sentences import load_sentences
-from formix.data import Data, collate, load_data
+from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.base import SPLITS
 
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
@@ -42,6 +42,7 @@ class Recovery:
     img_size: int | None = None  # side that images are scaled to; None: the model's
     held_out: float = 0.01  # share of the sentences on which stages are stopped
     limit: int | None = None  # most samples
+    on_bad_sample: OnBadSample = "refuse"  # of images in files: one that cannot be read ends it, or is left out
     evaluations: int = 8  # of a stage, on the held-out part
     patience: int = 3  # evaluations without an improvement before a stage ends
     precision: str = "auto"  # autocast; auto: bfloat16 where it is fast
@@ -80,6 +81,8 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     """
     if not hasattr(model, "config"):
         return _images(model, recovery), recovery.batch_size
+    if recovery.on_bad_sample == "skip":
+        raise ValueError("on_bad_sample='skip' is for images in files, and the model reads text; leave it out.")
     place = recovery.tokenizer or source
     if place is None:
         raise ValueError("tokenizer is missing; name the directory of the model's own.")
@@ -130,7 +133,13 @@ def _images(model: Any, recovery: Recovery) -> Data:
         raise ValueError(f"img_size is {size}; this model reads images of {own[0]} x {own[1]} alone.")
     if size % patch:
         raise ValueError(f"img_size is {size}; it must be a multiple of the model's patch, {patch}.")
-    data = load_data(recovery.data, img_size=size, seed=recovery.seed, limit=recovery.limit)
+    data = load_data(
+        recovery.data,
+        img_size=size,
+        seed=recovery.seed,
+        limit=recovery.limit,
+        on_bad_sample=recovery.on_bad_sample,
+    )
     if data.task != "image-classification":
         raise ValueError(f"{recovery.data!r} is text, and the model reads images.")
     cfg = dict(model.pretrained_cfg)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from formix.data.base import Batch, BatchDataset, Data, Request, collate
+from formix.data.base import Batch, BatchDataset, Data, OnBadSample, Request, collate
 from formix.data.folder import load_folder
 from formix.data.glue import load_glue
 from formix.data.hub import load_hub
@@ -15,7 +15,7 @@ from formix.data.images import load_cifar, load_digits, load_fashion_mnist
 from formix.data.stream import load_stream
 from formix.data.text import load_stdlib, load_text
 
-__all__ = ["Batch", "BatchDataset", "Data", "collate", "list_data", "load_data"]
+__all__ = ["Batch", "BatchDataset", "Data", "OnBadSample", "collate", "list_data", "load_data"]
 
 SOURCES: dict[str, tuple[Callable[[Request], Data], str]] = {
     "digits": (load_digits, "1,797 handwritten digits, 1 x 8 x 8, 10 classes, from scikit-learn; no download"),
@@ -29,6 +29,7 @@ SOURCES: dict[str, tuple[Callable[[Request], Data], str]] = {
     "glue:DIR/TASK": (load_glue, "sentences in GLUE's official TSV layout; TASK is CoLA, SST-2, RTE or STS-B"),
     "hf:NAME": (load_hub, "images with labels, or text, through the datasets library; pip install formix[hf]"),
 }
+FILES = ("folder", "stream", "hf")  # where single samples may be unreadable
 IMAGES = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder", "stream")
 
 
@@ -47,6 +48,7 @@ def load_data(
     test_fraction: float | None = None,
     seed: int = 0,
     limit: int | None = None,
+    on_bad_sample: OnBadSample = "refuse",
 ) -> Data:
     """Load a data set by name; `list_data()` lists the names.
 
@@ -60,6 +62,9 @@ def load_data(
         test_fraction: the same for test, where no test split is given. None: 0.1, and 0.2 of digits.
         seed: draws the splits that are random, and the samples of `limit`.
         limit: keep that many training samples, or bytes of training text.
+        on_bad_sample: of images in files, what becomes of one that cannot be read. "refuse": a ValueError names it.
+            "skip": all are read once when the data are opened, and those that cannot be are left out, at most a tenth
+            of each split that the data name; a warning names some, and `provenance["skipped"]` counts them.
 
     Raises:
         ValueError: for whatever is wrong with these or the files: one sentence, what was given and what is allowed.
@@ -72,6 +77,10 @@ def load_data(
         raise ValueError(f"tokenizer={tokenizer!r} is for text, and {name!r} is images; leave it out.")
     if kind not in (*IMAGES, "hf") and img_size is not None:
         raise ValueError(f"img_size={img_size} is for images, and {name!r} is text; leave it out.")
+    if kind not in FILES and on_bad_sample == "skip":
+        raise ValueError(
+            f"on_bad_sample='skip' is for images in files ({', '.join(FILES)}), not {name!r}; leave it out."
+        )
     load, _ = SOURCES[sources[kind]]
     return load(
         Request(
@@ -83,5 +92,6 @@ def load_data(
             test_fraction=test_fraction,
             seed=seed,
             limit=limit,
+            on_bad_sample=on_bad_sample,
         )
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 Task = Literal["image-classification", "causal-lm", "masked-lm", "sequence-classification", "sequence-regression"]
 Metric = Literal["accuracy", "bits_per_byte", "perplexity", "matthews_corrcoef", "spearman"]
+OnBadSample = Literal["refuse", "skip"]
 SPLITS = ("train", "validation", "test")
 
 
@@ -92,6 +93,7 @@ class Request:
     test_fraction: float | None
     seed: int
     limit: int | None
+    on_bad_sample: OnBadSample
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -105,6 +107,8 @@ class Request:
             raise ValueError(f"seed={self.seed} must be between 0 and {2**32 - 1}.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1, or left out to keep all training samples.")
+        if self.on_bad_sample not in get_args(OnBadSample):
+            raise ValueError(f"on_bad_sample={self.on_bad_sample!r} must be 'refuse' or 'skip'.")
 
     @property
     def argument(self) -> str:

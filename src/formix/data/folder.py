@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from formix.data.base import SPLITS, Data, Request
 from formix.data.images import Pixels, image_data
+from formix.data.unreadable import count_skipped, readable, refuse_loss
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,22 +43,33 @@ class EncodedImage(NamedTuple):
         except Exception as error:  # PIL's decoders raise many kinds
             raise ValueError(self._complaint(error)) from error
 
+    def readable(self) -> bool:
+        """Whether `decode` can read it."""
+        try:
+            self._rgb()
+        except ValueError:
+            return False
+        return True
+
     def decode(self, size: tuple[int, int]) -> Tensor:
         """uint8 [3, H, W]: RGB, the shorter side scaled and the centre cut out; ValueError if it cannot be read."""
         from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-        image = self.open()
-        try:
-            image = image.convert("RGB")
-        except Exception as error:
-            raise ValueError(self._complaint(error)) from error
+        image = self._rgb()
         if image.size != size[::-1]:
             image = center_crop(resize(image, min(size)), list(size))
         return pil_to_tensor(image)
 
+    def _rgb(self) -> Image.Image:
+        image = self.open()
+        try:
+            return image.convert("RGB")
+        except Exception as error:
+            raise ValueError(self._complaint(error)) from error
+
     def _complaint(self, error: Exception) -> str:
         reason = "it is no image" if type(error).__name__ == "UnidentifiedImageError" else error
-        return f"The image {self.name!r} cannot be read ({reason}); repair or remove it."
+        return f"The image {self.name!r} cannot be read ({reason}); repair or remove it, or use on_bad_sample=skip."
 
 
 class DecodedWhenRead:
@@ -102,7 +116,14 @@ def encoded_image_data(
     class_names: Sequence[str],
     provenance: dict[str, Any],
 ) -> Data:
-    """Data from encoded images by split; train is there, validation and test are held out of it where they are not."""
+    """Data from encoded images by split; train is there, validation and test are held out of it where they are not.
+
+    With `on_bad_sample="skip"` those that cannot be read are left out before.
+    """
+    provenance, skipped = dict(provenance), dict[str, list[str]]()
+    if request.on_bad_sample == "skip":
+        files, labels, skipped = _readable_ones(request.name, files, labels, class_names)
+        provenance["skipped"] = count_skipped(request.name, skipped)
     absent = [split for split in SPLITS if split not in files]
     rows = request.divide(len(files["train"]), labels["train"], absent)
     files = {split: [files["train"][i] for i in rows[split]] if split in rows else files[split] for split in SPLITS}
@@ -118,7 +139,27 @@ def encoded_image_data(
         f"RGB, shorter side scaled and centre cut to {size[0]} x {size[1]}",
         "decoded once" if in_memory else "decoded when read",
     ]
-    return image_data(request.name, splits, class_names, {**provenance, "preprocessing": "; ".join(steps)})
+    data = image_data(request.name, splits, class_names, {**provenance, "preprocessing": "; ".join(steps)})
+    if any(skipped.values()):  # pixels that are not in memory are not in the hash
+        data.provenance["sha256"] = hashlib.sha256(f"{data.provenance['sha256']} {skipped}".encode()).hexdigest()
+    return data
+
+
+def _readable_ones(
+    name: str,
+    files: Mapping[str, Sequence[EncodedImage]],
+    labels: Mapping[str, np.ndarray],
+    class_names: Sequence[str],
+) -> tuple[dict[str, list[EncodedImage]], dict[str, np.ndarray], dict[str, list[str]]]:
+    """The readable images by split, their labels, and the names of the others; ValueError if those are too many."""
+    kept, kept_labels, skipped = {}, {}, {}
+    for split, images in files.items():
+        good = np.fromiter(readable(images), dtype=bool, count=len(images))
+        kept[split], kept_labels[split] = [images[i] for i in np.flatnonzero(good).tolist()], labels[split][good]
+        bad = [(images[i].name, int(labels[split][i])) for i in np.flatnonzero(~good).tolist()]
+        refuse_loss(name, split, bad, Counter(kept_labels[split].tolist()), class_names)
+        skipped[split] = [file for file, _ in bad]
+    return kept, kept_labels, skipped
 
 
 def _tree(request: Request) -> dict[PurePosixPath, EncodedImage]:

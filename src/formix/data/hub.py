@@ -54,6 +54,8 @@ def load_hub(request: Request) -> Data:
         "licence": tables["train"].info.license or "see the data set's card",
     }
     if not (image and label):
+        if request.on_bad_sample == "skip":
+            raise ValueError(f"on_bad_sample='skip' is for images, and {request.name!r} is text; leave it out.")
         texts = {split: "".join(map(_line, table["text"])).encode() for split, table in tables.items()}
         parts, division = divide_text(request, texts)
         return text_data(request, parts, {**provenance, "preprocessing": f"{how}; {division}"})

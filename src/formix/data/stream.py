@@ -9,20 +9,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from formix.data.base import SPLITS, Data, Request
 from formix.data.folder import DEFAULT_SIZE, EncodedImage
 from formix.data.images import image_data
+from formix.data.unreadable import CHUNK, count_skipped, readable, refuse_loss
 
+_log = logging.getLogger("formix")
 SAMPLED = 256  # images whose sizes are looked at
 # the files of a split's N images: their names one after the other, where each begins [N + 1], and their labels [N]
 PARTS: dict[str, type] = {"names": np.uint8, "offsets": np.int64, "labels": np.int32}
@@ -40,8 +47,7 @@ class StreamedImages:
     def file(self, index: int) -> EncodedImage:
         row = index if self.rows is None else int(self.rows[index])
         begin, end = self.index["offsets"][row : row + 2]
-        path = self.root / os.fsdecode(self.index["names"][begin:end].tobytes())
-        return EncodedImage(str(path), path.read_bytes)
+        return _file(self.root, os.fsdecode(self.index["names"][begin:end].tobytes()))
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self.file(index).decode(self.size) for index in indices])
@@ -52,13 +58,13 @@ def load_stream(request: Request) -> Data:
 
     Splits are those of `folder:PATH`; what is missing is held out of train by a hash of each file's name, so that no
     list is needed for it. Images lie directly in their class's folder. The index goes to formix's cache
-    (`FORMIX_CACHE`, else ~/.cache/formix) and is made anew when a folder has changed. ValueError for a path that is no
-    such folder.
+    (`FORMIX_CACHE`, else ~/.cache/formix) and is made anew when a folder has changed. With `on_bad_sample="skip"` all
+    images are read when it is made, and it lacks those that cannot be. ValueError for a path that is no such folder.
     """
     root = Path(request.argument)
     splits, how = _folders(root)
     names = _class_names(root / splits["train"])
-    index, digest = _index(root, splits, request)
+    index, digest, skipped = _index(root, splits, request)
     rows = None
     if request.limit is not None and request.limit < (count := len(index["train"]["labels"])):
         rows = np.sort(np.random.default_rng(request.seed).permutation(count)[: request.limit])
@@ -68,16 +74,14 @@ def load_stream(request: Request) -> Data:
         kept = rows if split == "train" else None
         labels = index[split]["labels"] if kept is None else index[split]["labels"][kept]
         parts.append((StreamedImages(index[split], kept, root, size), torch.from_numpy(labels.astype(np.int64))))
-    data = image_data(
-        request.name,
-        parts,
-        names,
-        {
-            "source": request.argument,
-            "licence": "the user's own files",
-            "preprocessing": f"{how}; RGB, shorter side scaled and centre cut to {size[0]} x {size[1]}, when read",
-        },
-    )
+    provenance: dict[str, Any] = {
+        "source": request.argument,
+        "licence": "the user's own files",
+        "preprocessing": f"{how}; RGB, shorter side scaled and centre cut to {size[0]} x {size[1]}, when read",
+    }
+    if request.on_bad_sample == "skip":
+        provenance["skipped"] = count_skipped(request.name, skipped)
+    data = image_data(request.name, parts, names, provenance)
     data.provenance["sha256"] = digest  # of the names and labels; the pixels are not read for it
     return data
 
@@ -104,36 +108,56 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _index(root: Path, splits: dict[str, str], request: Request) -> tuple[dict[str, Index], str]:
-    """The index of every split, mapped from disk, and the hash of all of it."""
+def _index(root: Path, splits: dict[str, str], request: Request) -> tuple[dict[str, Index], str, dict[str, list[str]]]:
+    """The index of every split, mapped from disk, the hash of all of it, and the files that it leaves out."""
     validation, test = request.fractions()
     held = {"test": test, "validation": validation}
     absent = {split: fraction for split, fraction in held.items() if split not in splits}
     folders = [root / part / name for part in splits.values() for name in _class_names(root / part)]
     state = [str(root.resolve()), absent, [(str(f.relative_to(root)), f.stat().st_mtime_ns) for f in folders]]
+    if request.on_bad_sample == "skip":
+        state.append("readable images alone")
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("FORMIX_CACHE", Path.home() / ".cache" / "formix")) / "index"
-    if not (cache / key).is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=cache))
-        try:
-            _write(made, root, splits, absent)
-            made.rename(cache / key)
-        except OSError:
-            if not (cache / key).is_dir():  # else another process was first
-                raise
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+    if not _holds(cache / key, root):
+        (cache.parent / "locks").mkdir(parents=True, exist_ok=True)
+        cache.mkdir(exist_ok=True)
+        with FileLock(cache.parent / "locks" / key):
+            if not _holds(cache / key, root):  # else another process was first
+                made = Path(tempfile.mkdtemp(dir=cache))
+                try:
+                    _write(made, root, splits, absent, request)
+                    shutil.rmtree(cache / key, ignore_errors=True)
+                    made.rename(cache / key)
+                finally:
+                    shutil.rmtree(made, ignore_errors=True)
     index: dict[str, Index] = {
         split: {part: np.memmap(cache / key / f"{split}.{part}", dtype, "r") for part, dtype in PARTS.items()}
         for split in SPLITS
     }
-    return index, (cache / key / "sha256").read_text()
+    return index, (cache / key / "sha256").read_text(), _skipped(cache / key)
 
 
-def _write(folder: Path, root: Path, splits: dict[str, str], absent: dict[str, float]) -> None:
+def _holds(folder: Path, root: Path) -> bool:
+    """Whether there is an index, and the files that it leaves out are still unreadable."""
+    return folder.is_dir() and not any(
+        readable(_file(root, path) for files in _skipped(folder).values() for path in files)
+    )
+
+
+def _skipped(folder: Path) -> dict[str, list[str]]:
+    """The files, by split, that an index leaves out."""
+    path = folder / "skipped.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write(folder: Path, root: Path, splits: dict[str, str], absent: dict[str, float], request: Request) -> None:
     """List the images once: train's go to an absent split by a hash of their path."""
-    digest = hashlib.sha256()
+    digest, skip = hashlib.sha256(), request.on_bad_sample == "skip"
+    skipped: dict[str, list[tuple[str, int]]] = {split: [] for split in splits}
+    kept: dict[str, Counter[int]] = {split: Counter() for split in splits}
+    if skip:
+        _log.warning("every image of %s is read once, to find those that cannot be", root)
     with contextlib.ExitStack() as files:
         out = {
             split: {part: files.enter_context((folder / f"{split}.{part}").open("wb")) for part in PARTS}
@@ -144,14 +168,20 @@ def _write(folder: Path, root: Path, splits: dict[str, str], absent: dict[str, f
             out[split]["offsets"].write(np.int64(0).tobytes())
         classes = {name: label for label, name in enumerate(_class_names(root / splits["train"]))}
         for given, part in splits.items():
-            for path, label in _images(root, part, classes):
+            for path, label, good in _judged(_images(root, part, classes), root, skip):
                 name = os.fsencode(path)
-                digest.update(name + b"\0")
+                if not good:
+                    skipped[given].append((path, label))
+                    continue
                 split = _chosen(name, absent) if given == "train" else given
+                digest.update(name + b"\0")
                 ends[split] += len(name)
+                kept[given][label] += 1
                 out[split]["names"].write(name)
                 out[split]["offsets"].write(np.int64(ends[split]).tobytes())
                 out[split]["labels"].write(np.int32(label).tobytes())
+    for given in splits:
+        refuse_loss(request.name, given, skipped[given], kept[given], list(classes))
     for split in SPLITS:
         if not ends[split]:
             raise ValueError(
@@ -159,6 +189,21 @@ def _write(folder: Path, root: Path, splits: dict[str, str], absent: dict[str, f
                 f"a larger {split}_fraction if they are held out of train."
             )
     (folder / "sha256").write_text(digest.hexdigest())
+    if skip:
+        (folder / "skipped.json").write_text(
+            json.dumps({split: [path for path, _ in files] for split, files in skipped.items()})
+        )
+
+
+def _judged(images: Iterator[tuple[str, int]], root: Path, skip: bool) -> Iterator[tuple[str, int, bool]]:
+    """The images, and whether each is kept."""
+    while chunk := list(islice(images, CHUNK)):
+        good = readable(_file(root, path) for path, _ in chunk) if skip else repeat(True)
+        yield from ((path, label, fine) for (path, label), fine in zip(chunk, good, strict=False))
+
+
+def _file(root: Path, path: str) -> EncodedImage:
+    return EncodedImage(str(root / path), (root / path).read_bytes)
 
 
 def _images(root: Path, part: str, classes: dict[str, int]) -> Iterator[tuple[str, int]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from formix.data import Data, load_data
+from formix.data import Data, OnBadSample, load_data
 from formix.data.masking import masked_lm
 from formix.records import write_atomically
 from formix.training.parallel import Parallel
@@ -37,6 +37,7 @@ class JobConfig:
     validation_fraction: float | None = None  # held out for choosing; None: the data's own default
     test_fraction: float | None = None  # held out for reporting where the data have no test split
     limit: int | None = None  # most training samples (bytes of text)
+    on_bad_sample: OnBadSample = "refuse"  # of images in files: one that cannot be read ends the run, or is left out
 
     design: str | None = None  # a design or combination; None: a directory's own, or softmax
     model: str | None = None  # a timm or text model's name, or a directory with weights; None: a small one that fits
@@ -71,6 +72,7 @@ class JobConfig:
             validation_fraction=self.validation_fraction,
             test_fraction=self.test_fraction,
             limit=self.limit,
+            on_bad_sample=self.on_bad_sample,
         )
         return masked_lm(data, probability=self.mask_probability) if self.task == "masked-lm" else data
 

@@ -28,7 +28,17 @@ from formix.training.config import TrainConfig
 from formix.training.ema import Ema
 from formix.training.optimizers import make_optimizer, set_learning_rate
 from formix.training.order import BatchOrder
-from formix.training.parallel import Parallel, distribute, from_first, process_count, start, summed, synchronised, whole
+from formix.training.parallel import (
+    Parallel,
+    distribute,
+    from_first,
+    gathered,
+    process_count,
+    start,
+    summed,
+    synchronised,
+    whole,
+)
 from formix.training.progress import Place, Point, Step, TrainResult
 from formix.training.signals import Interrupted, SignalBox, collected_signals
 from formix.training.state import (
@@ -104,6 +114,10 @@ class _Run:
         self.objective = objective or task_objective(data, config.label_smoothing, config.loss)
         self.device = start().device
         self.process, self.processes = process_count()
+        if len(set(gathered(data.provenance.get("sha256")))) > 1:
+            raise ValueError(
+                f"The processes of this run read different data as {data.name!r}; give all the same files."
+            )
         set_seed(config.seed + self.process)  # for dropout, which differs between processes
         self.dtype = autocast_dtype(config.precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
