@@ -136,6 +136,13 @@ template <class T> struct PointwiseBackward {
   void scores(const Visibility &see, long h_in_group, long i0, int rows, long j0, int n, long first) const {
     const int padded = round_up(n, pairs ? NR : W);  // tiles are multiplied whole, pairs narrowed by two vectors
     const int filled = T::tiles ? round_up(rows, STEP) : rows;
+    const bool masked = see.mask || (see.causal && j0 + n > i0 + 1);
+    const float *f = factor + h_in_group * p.Nq + i0, *c = bias + h_in_group * p.Nq + i0;
+    auto scale_of = [&](int r) { return r < rows ? RowScale{f[r], (float)p.scale, c[r]} : RowScale{0, 0, 0}; };
+#if defined(FORMIX_TILES)
+    if constexpr (T::tiles)  // the zeros behind the last key give dS = 0, and a dV that nobody reads
+      if (!masked && (n == padded || j0 + n == p.Nk)) return panels(filled, n, first, scale_of);
+#endif
     for (int j = 0; j < n; j += NR) {
       int from = 0;  // rows before this panel's first key
       if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / STEP * STEP));
@@ -144,9 +151,6 @@ template <class T> struct PointwiseBackward {
       gemm_panel<T, false, SET>(filled - from, columns, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
       gemm_panel<T, false, SET>(filled - from, columns, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at, LDA);
     }
-    const bool masked = see.mask || (see.causal && j0 + n > i0 + 1);
-    const float *f = factor + h_in_group * p.Nq + i0, *c = bias + h_in_group * p.Nq + i0;
-    auto scale_of = [&](int r) { return RowScale{f[r], (float)p.scale, c[r]}; };
     auto weigh = [&](auto act) {
       for (int r = 0; r < rows; r++) {
         float *s = S + r * LDA, *dp = dP + r * LDA;
@@ -161,8 +165,7 @@ template <class T> struct PointwiseBackward {
         memset(S + rows * LDA, 0, sizeof(float) * padded), memset(dP + rows * LDA, 0, sizeof(float) * padded);
       with_activation(p.activation, [&](auto act) {
         constexpr int ACT = decltype(act)::value;
-        // The zeros behind the last key give dS = 0, and a dV that nobody reads; other keys behind n must be hidden.
-        const bool weighed = masked || (n < padded && !(T::tiles && j0 + n == p.Nk)), plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
+        const bool weighed = masked || n < padded, plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
         if (weighed) {
           weigh(act);
           for (int r = rows; r < filled; r++)
@@ -171,7 +174,7 @@ template <class T> struct PointwiseBackward {
         const Bf16Activation<ACT> h(plain ? (float)p.scale : 1.0f);
         auto narrow = [&](auto is_plain, auto is_weighed) {
           for (int r = 0; r < filled; r += 2) {
-            const RowScale nothing = {0, 0, 0}, two[2] = {r < rows ? scale_of(r) : nothing, r + 1 < rows ? scale_of(r + 1) : nothing};
+            const RowScale two[2] = {scale_of(r), scale_of(r + 1)};
             narrow_gradients<ACT, is_plain.value, is_weighed.value>(
                 h, S + r * LDA, dP + r * LDA, LDA, padded, two, Pt + r / 2 * LDA, dSt + r / 2 * LDA, dS + r * LDA, LDA);
           }
@@ -188,6 +191,34 @@ template <class T> struct PointwiseBackward {
 #endif
     with_activation(p.activation, weigh);
   }
+
+#if defined(FORMIX_TILES)
+  // The same for keys that all rows see, a panel of 32 x 32 at a time, which stays in L1 until it is narrowed.
+  template <class Scales> void panels(int filled, int n, long first, Scales scale_of) const {
+    with_activation(p.activation, [&](auto act) {
+      constexpr int ACT = decltype(act)::value;
+      const bool plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
+      const Bf16Activation<ACT> h(plain ? (float)p.scale : 1.0f);
+      auto narrow = [&](auto is_plain) {
+        for (int i = 0; i < filled; i += PANEL) {
+          RowScale scales[PANEL];
+          for (int r = 0; r < PANEL; r++) scales[r] = scale_of(i + r);
+          for (int j = 0; j < n; j += PANEL) {
+            alignas(64) float s[PANEL * PANEL], dp[PANEL * PANEL];
+            const long panel = (first + j) / NR, at = i / 2 * LDA + j;
+            tile_block<true, false>(units / TILE, Q + i * LDA, LDA, Kt + panel * units * NR, NR, s, PANEL);
+            tile_block<true, false>(units_v / TILE, dO + i * LDA, LDA, Vt + panel * units_v * NR, NR, dp, PANEL);
+            for (int r = 0; r < PANEL; r += 2)
+              narrow_gradients<ACT, is_plain.value, false>(h, s + r * PANEL, dp + r * PANEL, PANEL, PANEL, scales + r,
+                                                           Pt + at + r / 2 * LDA, dSt + at + r / 2 * LDA,
+                                                           dS + (i + r) * LDA + j / 2, LDA);
+          }
+        }
+      };
+      plain ? narrow(Constant<1>{}) : narrow(Constant<0>{});
+    });
+  }
+#endif
 
   // [channels][block_keys] -> [keys][ld], whole vectors.
   void by_rows(const float *from, int channels, int keys, float *to, long ld) const {
