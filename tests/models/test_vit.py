@@ -12,6 +12,7 @@ from torch import nn
 
 import formix
 from formix.design import Layout, Softmax
+from formix.models import own_blocks
 
 SMALL = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 NAMES = {  # name -> what differs from SMALL
@@ -328,8 +329,7 @@ REFUSED = {
     "unknown_design": (("vit_tiny_patch16_224", "rellu"), {}, "'rellu' is no design"),
     "resnet": (("resnet18", "relu"), {}, "'resnet18' is a ResNet; formix knows"),
     "swin": (("swin_tiny_patch4_window7_224", "relu"), {}, "is a SwinTransformer"),
-    "eva": (("eva02_tiny_patch14_224", "relu"), {}, "is a Eva"),
-    "own_blocks": (("vit_small_patch16_18x2_224", "relu"), {}, "has blocks of its own"),
+    "beit": (("beit_base_patch16_224", "relu"), {}, "is a Beit"),
     "unknown_argument": (("vit_tiny_patch16_224", "relu"), {"image_size": 32}, "image_size"),
     "block_fn": (("vit_tiny_patch16_224", "relu"), {"block_fn": nn.Identity}, "leave them out"),
     "attn_layer": (("vit_tiny_patch16_224", "relu"), {"attn_layer": "diff"}, "leave them out"),
@@ -347,3 +347,9 @@ def test_refused(case):
     arguments, options, sentence = REFUSED[case]
     with pytest.raises(ValueError, match=sentence):
         formix.create_model(*arguments, **options)
+
+
+def test_unknown_blocks_are_refused(monkeypatch):
+    monkeypatch.delitem(own_blocks._KINDS, "ParallelThingsBlock")
+    with pytest.raises(ValueError, match=r"has blocks of its own \(ParallelThingsBlock\)"):
+        formix.create_model("vit_small_patch16_18x2_224", "relu", depth=1)

@@ -202,6 +202,22 @@ def test_autocast_computes_in_its_type(with_mask, impl):
     close(out, pointwise(*rounded, **arguments), 4e-3)
 
 
+@pytest.mark.parametrize("activation", ["relu", "sigmoid_bias"])
+def test_bias_of_the_scores(activation):
+    """As further channels: of the queries the bias over the scale, of the keys a one for every key; gradients too."""
+    q, k, v = (x.requires_grad_() for x in qkv(m=5))
+    bias, scale = torch.randn(1, 3, 7, 5, dtype=torch.float64, requires_grad=True), 8**-0.5
+    arguments = {"activation": activation, "attn_mask": bits(2, 1, 7, 5)}
+    wide_q = torch.cat([q, bias.expand(2, -1, -1, -1) / scale], -1)
+    wide_k = torch.cat([k, torch.eye(5, dtype=torch.float64).expand(2, 3, 5, 5)], -1)
+    expected = pointwise(wide_q, wide_k, v, scale=scale, **arguments)
+    out = pointwise_attention(q, k, v, attn_bias=bias, **arguments)
+    close(out, expected, 1e-12)
+    cotangent = torch.randn_like(out)
+    for got, want in zip(*(torch.autograd.grad(o, (q, k, v, bias), cotangent) for o in (out, expected)), strict=True):
+        close(got, want, 1e-11)
+
+
 def test_dropout_of_weights():
     ones = torch.ones(1, 1, 1000, 4)
     out = pointwise_attention(ones[:, :, :50], ones, ones, scale=0.25, dropout_p=0.2)
@@ -225,6 +241,8 @@ REFUSED = {
     "mask_shape": ((Q, K, V), {"attn_mask": torch.ones(6, 5, dtype=torch.bool)}, "must broadcast to"),
     "mask_too_large": ((Q, K, V), {"attn_mask": torch.ones(3, 2, 4, 5, 6, dtype=torch.bool)}, "must broadcast to"),
     "mask_list": ((Q, K, V), {"attn_mask": [[True]]}, "attn_mask is a list"),
+    "bias_shape": ((Q, K, V), {"attn_bias": torch.zeros(4, 6, 5)}, "attn_bias has shape .* must broadcast to"),
+    "bias_boolean": ((Q, K, V), {"attn_bias": torch.ones(5, 6, dtype=torch.bool)}, "floating-point tensor"),
     "activation": ((Q, K, V), {"activation": "softmax"}, "activation is 'softmax'"),
     "negative_exponent": ((Q, K, V), {"length_exponent": -1}, "length_exponent is -1"),
     "nan_exponent": ((Q, K, V), {"length_exponent": float("nan")}, "length_exponent is nan"),

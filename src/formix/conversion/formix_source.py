@@ -19,6 +19,7 @@ def open_formix(model: Any) -> Source:
     """
     from formix.conversion.timm_source import pooled
     from formix.models import vit
+    from formix.models.designed import Designed
     from formix.models.xcit import FormixXcit
 
     if getattr(getattr(model, "config", None), "pruned_kv", False):
@@ -32,7 +33,7 @@ def open_formix(model: Any) -> Source:
     if before is not None:
         common |= {"rebuild": before.rebuild, "description": before.source}
     if isinstance(model, vit._DesignedTrunk):
-        arguments = vit.config_of(model)["model_args"]
+        arguments = model.saved_config()["model_args"]
         base = arguments.pop("base")
         del arguments["design"]
         depth = len(model.blocks)
@@ -60,6 +61,11 @@ def open_formix(model: Any) -> Source:
             )
 
         return Source(family="xcit", depth=len(model.blocks), causal=False, build=build_xcit, **common)
+    if isinstance(model, Designed):
+        raise ValueError(
+            f"{model.base!r} has blocks of its own, and formix converts timm's plain Block; its weights as they are go "
+            "into another design by formix.create_model(DIRECTORY, design=...)."
+        )
     config = getattr(model, "config", None)
     family = str(getattr(config, "model_type", "")).removeprefix("formix_")
     from formix.models.text import FAMILIES

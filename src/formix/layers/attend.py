@@ -35,11 +35,21 @@ def attend(
     value: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
     """The mixer's output for [B, H, N, D] query and [B, Hkv, N, D] key and value, as [B, H, N, D].
+
+    A bias B of the scores, `attn_bias` broadcastable to [B, H, Nq, Nk] (relative positions, without a mask), enters as
+
+        softmax     softmax(Q K^T / sqrt(d) + B) V
+        pointwise   L^-a h(Q K^T / sqrt(d) + B) V
+        SimA        Q^ (K^^T V) + B V / Nk: outside the norms, which are of Q and K alone. SimA has no function of the
+                    scores that B could shift; divided by the number of keys its part is a mean of values, as in
+                    pointwise attention with h = identity. It costs a product of Nq Nk D per head: SimA is then no
+                    longer linear in the tokens.
 
     Masks are boolean, True = attend (softmax also takes additive ones). Dropout is of attention weights; SimA,
     which has none in its linear form, ignores it as its official code does.
@@ -47,6 +57,7 @@ def attend(
     Raises:
         ValueError: a mask that the mixer cannot have, or a causal SimA.
     """
+    assert attn_bias is None or (attn_mask is None and not is_causal), "no model has both"
     grouped = query.shape[1] != key.shape[1]
     for watcher in _watchers:
         boolean = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > float("-inf")
@@ -56,8 +67,8 @@ def attend(
             if is_causal and attn_mask is not None:
                 attn_mask, is_causal = causal_mask(attn_mask, query, key), False
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-                enable_gqa=grouped,
+                query, key, value, attn_mask=attn_mask if attn_bias is None else attn_bias, dropout_p=dropout_p,
+                is_causal=is_causal, scale=scale, enable_gqa=grouped,
             )  # fmt: skip
         case Pointwise():
             length = (
@@ -65,14 +76,16 @@ def attend(
             )
             return pointwise_attention(
                 query, key, value, activation=mixer.activation, length_exponent=mixer.length_exponent, length=length,
-                attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped, dropout_p=dropout_p,
+                attn_mask=attn_mask, attn_bias=attn_bias, is_causal=is_causal, scale=scale, enable_gqa=grouped,
+                dropout_p=dropout_p,
             )  # fmt: skip
         case Sima():
             if is_causal:
                 raise ValueError("SimA cannot be causal: its l1 norms run over all tokens and would see the future.")
             key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
             padding = None if attn_mask is None else key_padding(attn_mask, query.shape[0], key.shape[2])
-            return l1_attention(query, key, value, key_padding_mask=padding, eps=mixer.eps)
+            out = l1_attention(query, key, value, key_padding_mask=padding, eps=mixer.eps)
+            return out if attn_bias is None else out + (attn_bias / key.shape[2]).to(value) @ value
         case GatedUnit():
             raise AssertionError("a gated unit has no queries and keys")
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from formix.design import Design
 from formix.models import text, vit
+from formix.models.designed import Designed
 from formix.models.image import ImageModel
 
 WEIGHTS = "model.safetensors"
@@ -20,7 +21,7 @@ WEIGHTS = "model.safetensors"
 
 def save_directory(model: nn.Module, directory: Path) -> None:
     """See `formix.save`. Each file is written under another name first and renamed when it is complete."""
-    image = isinstance(model, vit._DesignedTrunk | ImageModel)
+    image = isinstance(model, Designed | ImageModel)
     if not image and getattr(getattr(model, "config", None), "design", None) is None:
         raise ValueError(f"A {type(model).__name__} is no model of formix's; make it with formix.create_model.")
     if directory.exists() and not directory.is_dir():
@@ -28,7 +29,7 @@ def save_directory(model: nn.Module, directory: Path) -> None:
     if not image:
         model.save_pretrained(directory)  # type: ignore[operator]
         return
-    described = model.saved_config() if isinstance(model, ImageModel) else vit.config_of(model)
+    described = model.saved_config()  # type: ignore[operator]
     for name, argument in described["model_args"].items():
         try:
             json.dumps(argument)

@@ -10,25 +10,20 @@ import torch
 from timm.models import load_pretrained
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from formix.design import Design
+from formix.design import Design, LayerDesign
 from formix.design import design as find_design
 from formix.layers import Block as FormixBlock
 from formix.layers import BlockStack
+from formix.models.designed import RUNTIME_ARGUMENTS, Designed
 
 _log = logging.getLogger("formix")
-# how a model was asked for, kept to write its config.json; these arguments say nothing about the saved model
-_RUNTIME_ARGUMENTS = ("device", "dtype", "weight_init", "drop_rate", "drop_path_rate", "pos_drop_rate")
 
 
-class _DesignedTrunk:
+class _DesignedTrunk(Designed):
     """What a timm trunk needs to run a `BlockStack`: all other methods stay timm's."""
-
-    design: Design
-    base: str  # timm's name of the trunk
-    arguments: dict[str, Any]  # what it was created with
 
     def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, C, H, W] -> normalised tokens [B, N, C]."""
@@ -144,25 +139,28 @@ class _BlockArguments(nn.Identity):
         self.arguments = arguments
 
 
-def create_vit(
-    name: str, design: str | Design = "softmax", *, pretrained: bool = False, **kwargs: Any
-) -> FormixVisionTransformer:
+def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool = False, **kwargs: Any) -> Any:
     """timm's model `name` with its blocks in `design`; `kwargs` go to timm (img_size, patch_size, in_chans, ...), but
     for `norm_eps`, the eps of all LayerNorms where it is not timm's (ViTs of transformers have 1e-12).
+
+    Names whose blocks are of their own kind (rotary positions, relative position biases, parallel branches) keep timm's
+    blocks with the design's mixer inside: `formix.models.own_blocks`.
 
     A design that mixes no tokens (Activator) leaves a class token untouched by the image, so such models pool by
     the mean of the tokens unless told otherwise.
 
     Raises:
-        ValueError: `name` is not a VisionTransformer of timm's with its plain block, or the design does not fit.
+        ValueError: `name` is no Vision Transformer of timm's that formix knows, or the design does not fit.
     """
+    from formix.models import own_blocks
+
     chosen = find_design(design)
     asked, norm_eps = kwargs, kwargs.get("norm_eps")
     kwargs = {k: v for k, v in kwargs.items() if k != "norm_eps"}
     probe = _probe(name, kwargs)
-    depth = len(probe.blocks)
+    depth, kind = len(probe.blocks), own_blocks.kind_of(probe)
     layers = [chosen.layer(i, depth) for i in range(depth)]
-    if not chosen.mixes_tokens(depth):
+    if kind is None and not chosen.mixes_tokens(depth):
         if isinstance(probe, VisionTransformerDistilled):
             raise ValueError(
                 f"{name!r} reads two tokens of its own, and this design mixes no tokens: no image gets there."
@@ -173,27 +171,39 @@ def create_vit(
             _log.warning("%s: the design mixes no tokens, so the classifier pools by 'avg' and not by 'token'", name)
             kwargs, asked = {**kwargs, "global_pool": "avg"}, {**asked, "global_pool": "avg"}
 
-    init = kwargs.get("weight_init", "")
-    model: Any = timm.create_model(name, **{**kwargs, "block_fn": _BlockArguments, "weight_init": "skip"})
-    model.__class__ = _CLASSES[type(model)]  # the trunk is timm's own in all but how it runs the blocks
+    if kind is None:
+        model = _plain(name, kwargs, layers)
+    else:
+        model = timm.create_model(name, **kwargs)
+        own_blocks.convert(model, kind, chosen)
     model.design, model.base = chosen, name
-    model.arguments = {k: v for k, v in asked.items() if k not in _RUNTIME_ARGUMENTS}
-    blocks = [FormixBlock(**b.arguments, design=layer) for b, layer in zip(model.blocks, layers, strict=True)]
-    model.blocks = BlockStack(*blocks)
+    model.arguments = {k: v for k, v in asked.items() if k not in RUNTIME_ARGUMENTS}
     if norm_eps is not None:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
-    if init != "skip":
-        model.weight_init_mode = init
-        model.init_weights(needs_reset=False)
     if pretrained:
         _carry_over(timm.create_model(name, pretrained=True, **kwargs), model)
     return model
 
 
+def _plain(name: str, kwargs: dict[str, Any], layers: list[LayerDesign]) -> Any:
+    """A model of timm's with formix's blocks in place of its plain ones."""
+    init = kwargs.get("weight_init", "")
+    model: Any = timm.create_model(name, **{**kwargs, "block_fn": _BlockArguments, "weight_init": "skip"})
+    model.__class__ = _CLASSES[type(model)]  # the trunk is timm's own in all but how it runs the blocks
+    blocks = [FormixBlock(**b.arguments, design=layer) for b, layer in zip(model.blocks, layers, strict=True)]
+    model.blocks = BlockStack(*blocks)
+    if init != "skip":
+        model.weight_init_mode = init
+        model.init_weights(needs_reset=False)
+    return model
+
+
 def _probe(name: str, kwargs: dict[str, Any]) -> Any:
     """The model that timm would build, without weights, checked to be one whose blocks can be replaced."""
+    from formix.models import own_blocks
+
     if "block_fn" in kwargs or "attn_layer" in kwargs:
         raise ValueError("block_fn and attn_layer are what the design decides; leave them out.")
     for argument, least in {"num_classes": 0, "in_chans": 1, "depth": 1, "embed_dim": 1, "num_heads": 1}.items():
@@ -205,16 +215,17 @@ def _probe(name: str, kwargs: dict[str, Any]) -> Any:
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"timm cannot build {name!r} with {kwargs}: {reason}") from None
-    if type(probe) not in _CLASSES:
+    known = own_blocks.kind_of(probe) is not None
+    if type(probe) not in _CLASSES and not known:
         raise ValueError(
-            f"{name!r} is a {type(probe).__name__}; formix knows the blocks of timm's VisionTransformer names, "
+            f"{name!r} is a {type(probe).__name__}; formix knows the blocks of timm's Vision Transformer names, "
             "such as 'vit_small_patch16_224' or 'deit_tiny_patch16_224'."
         )
     if probe.patch_embed.num_patches == 0:
         size, patch = probe.patch_embed.img_size, probe.patch_embed.patch_size
         raise ValueError(f"img_size is {size} and patch_size {patch}; an image must hold at least one patch.")
     block = probe.blocks[0]
-    if type(block) is not Block or type(block.attn) is not Attention:
+    if not known and (type(block) is not Block or type(block.attn) is not Attention):
         own = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
         raise ValueError(f"{name!r} has blocks of its own ({own}); choose a VisionTransformer with timm's plain Block.")
     return probe
@@ -230,32 +241,6 @@ def _carry_over(source: nn.Module, model: nn.Module) -> None:
         )
     if result.unexpected_keys:
         _log.warning("pretrained weights without a place in this design: %s", ", ".join(result.unexpected_keys))
-
-
-def config_of(model: Any) -> dict[str, Any]:
-    """What config.json says of a model, in timm's own format; the architecture is formix's, so that no loader can
-    mistake it for the softmax model."""
-    arguments = {
-        **model.arguments,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "in_chans": model.in_chans,
-        "img_size": list(model.patch_embed.img_size),
-    }
-    if not isinstance(model.norm, nn.Identity) or not isinstance(model.fc_norm, nn.Identity):
-        arguments["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
-    cfg = dict(model.pretrained_cfg)
-    kept = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "classifier")
-    pretrained_cfg = {k: cfg[k] for k in kept if k in cfg}
-    pretrained_cfg["input_size"] = [model.in_chans, *model.patch_embed.img_size]
-    return {
-        "architecture": "formix_vit",
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "global_pool": model.global_pool,
-        "model_args": {"base": model.base, "design": model.design.to_dict(), **arguments},
-        "pretrained_cfg": pretrained_cfg,
-    }
 
 
 def build_for_timm(pretrained: bool = False, **kwargs: Any) -> FormixVisionTransformer | FeatureGetterNet:
@@ -277,6 +262,6 @@ def build_for_timm(pretrained: bool = False, **kwargs: Any) -> FormixVisionTrans
             pretrained_cfg=model.pretrained_cfg,
             num_classes=model.num_classes,
             in_chans=model.in_chans,
-            filter_fn=checkpoint_filter_fn,  # position embeddings of another image size
+            filter_fn=lambda state, model: model.adapt_checkpoint(state),
         )
     return FeatureGetterNet(model, out_indices=indices) if features else model

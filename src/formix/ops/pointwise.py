@@ -44,6 +44,7 @@ def pointwise_attention(
     length_exponent: float = 1.0,
     length: int | None = None,
     attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -63,6 +64,8 @@ def pointwise_attention(
             an integer fixes it.
         attn_mask: boolean, broadcastable to [B, H, Nq, Nk], True = attend. Masked weights are 0 after h, and a row
             that sees no key gives 0.
+        attn_bias: floating point, added to the scores before h, broadcastable to [B, H, Nq, Nk]: relative
+            positions. The kernels have none.
         is_causal: query i sees keys 0 to i, within attn_mask if that is given too.
         scale: factor of the scores; None: D^-1/2.
         enable_gqa: H may be a multiple of Hkv.
@@ -83,6 +86,8 @@ def pointwise_attention(
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value, enable_gqa=enable_gqa)
     check_attn_mask(attn_mask, query, key)
+    if attn_bias is not None:
+        _check_bias(attn_bias, query, key)
     _check_options(activation, length_exponent, length, dropout_p)
     if scale is not None:
         check_number("scale", scale)
@@ -100,15 +105,15 @@ def pointwise_attention(
     native = native_module()
     if native is None:
         refusal: str | None = NO_KERNELS
-    elif dropout_p > 0:
-        refusal = "the kernels have no dropout of weights"
+    elif dropout_p > 0 or attn_bias is not None:
+        refusal = f"the kernels have no {'dropout of weights' if dropout_p > 0 else 'bias of the scores'}"
     else:
         refusal = native.cannot_run_pointwise(query, key, value, attn_mask)
     if choose("pointwise_attention", impl, refusal) == "native":
         options |= {"enable_gqa": enable_gqa, "signature": signature}
         return native.pointwise_attention(query, key, value, **options)  # type: ignore[union-attr]
     with without_autocast(query):
-        return _reference(query, key, value, dropout_p=dropout_p, **options)  # type: ignore[arg-type]
+        return _reference(query, key, value, attn_bias=attn_bias, dropout_p=dropout_p, **options)  # type: ignore[arg-type]
 
 
 def _reference(
@@ -122,6 +127,7 @@ def _reference(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    attn_bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     dtype = query.dtype
@@ -132,6 +138,8 @@ def _reference(
     number = visible_length(mask, k) if length is None else length
 
     scores = (q * scale) @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
+    if attn_bias is not None:
+        scores = scores + attn_bias.to(compute)
     if activation == "sigmoid_bias":
         scores = scores - torch.as_tensor(number, dtype=compute, device=q.device).log()
     weights = ACTIVATIONS[activation](scores)
@@ -143,6 +151,14 @@ def _reference(
     if length_exponent:
         out = out * torch.as_tensor(number, dtype=compute, device=q.device) ** -length_exponent
     return out.to(dtype)
+
+
+def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> None:
+    target = [*query.shape[:3], key.shape[2]]
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        raise ValueError(f"attn_bias is {bias!r}; pass a floating-point tensor that broadcasts to {target}.")
+    if bias.dim() > 4 or any(n not in (1, t) for n, t in zip(bias.shape[::-1], target[::-1], strict=False)):
+        raise ValueError(f"attn_bias has shape {list(bias.shape)}; it must broadcast to {target}.")
 
 
 def _check_options(activation: str, length_exponent: float, length: int | None, dropout_p: float) -> None:
