@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import set_seed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import formix
 from formix.data import load_data
@@ -53,8 +54,14 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
             "curve": [point.validation for point in result.curve],
             "test": evaluate(model, data, "test", batch_size=50),
             "samples": result.samples,
+            "ema": {name: tensor.tolist() for name, tensor in whole_weights(model).items()},
         }
     return results
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights on every process, of shards put together; at the end of a run they are its moving average."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
 def launch(processes: int, out: Path, settings: dict[str, Any]) -> dict[str, Any]:

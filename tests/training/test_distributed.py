@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training import distributed_run
 
 from formix.cli import main
@@ -19,6 +20,7 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--nu
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Losses, metrics and every tensor of the moving average, which at the end is the model."""
     for design, expected in one.items():
         found = other[design]
         skipped = found["first"] - 1
@@ -26,6 +28,15 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert found["curve"] == pytest.approx(expected["curve"], abs=1e-5), design
         assert found["test"] == pytest.approx(expected["test"], abs=1e-5), design
         assert found["samples"] == expected["samples"], design
+        assert found["ema"].keys() == expected["ema"].keys()
+        for name, tensor in expected["ema"].items():
+            torch.testing.assert_close(
+                torch.tensor(found["ema"][name]),
+                torch.tensor(tensor),
+                rtol=0,
+                atol=1e-5,
+                msg=lambda text, where=f"{design}, {name}": f"{where}: {text}",
+            )
 
 
 @pytest.mark.parametrize("designs", [["relu"], pytest.param(DESIGNS, marks=pytest.mark.slow)], ids=["relu", "all"])
@@ -43,7 +54,7 @@ def test_a_run_may_change_its_number_of_processes_and_between_ddp_and_fsdp(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_every_design_has_the_losses_of_the_single_process_over_50_steps(tmp_path, parallel):
+def test_every_design_has_the_losses_and_the_average_of_the_single_process_over_50_steps(tmp_path, parallel):
     single = distributed_run.main({"designs": DESIGNS})
     assert len(single["softmax"]["losses"]) == 50
     assert_same(single, distributed_run.launch(2, tmp_path / "out", {"designs": DESIGNS, "parallel": parallel}))
