@@ -82,7 +82,10 @@ template <class T> struct PointwiseBackward {
   float *factor, *bias;  // [group][Nq]
   float *dQ;             // [group][Nq][Dp]
 
-  static long keys_of(const FormixPointwise &p) { return even_block(p.Nk, BLOCK, NR); }
+  static long keys_of(const FormixPointwise &p) {
+    const long wanted = (p.threads + p.B * p.Hkv - 1) / (p.B * p.Hkv);  // blocks of each head, that every thread has one
+    return even_block(p.Nk, least((long)BLOCK, greatest(4L * NR, (p.Nk + wanted - 1) / wanted)), NR);
+  }
   static long query_gradient_size(const FormixPointwise &p) { return (p.Hq / p.Hkv * p.Nq + (T::tiles ? STEP : 0)) * round_up(p.D, W); }
 
   // Lays out the working memory; with memory = null only measures it. `query_gradient`: where dQ is, or null for here.
