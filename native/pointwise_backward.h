@@ -8,8 +8,6 @@
 #include "activation_bf16.h"
 #include "pointwise_forward.h"
 
-constexpr int GRAD_ROWS = 96;  // query rows of a score block: the depth of the products P^T dO and dS^T Q
-
 // Equal blocks of at most `most`, in steps of `step`.
 static INLINE long even_block(long n, long most, long step) {
   const long blocks = (n + most - 1) / most;
@@ -64,6 +62,7 @@ template <class T> struct PointwiseBackward {
   using unit = typename T::unit;
   static constexpr bool pairs = T::per_unit == 2;
   static constexpr int BLOCK = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 128 : KEYS;  // keys
+  static constexpr int ROWS = T::tiles ? 128 : 96;  // query rows of a block: the depth of the products P^T dO and dS^T Q
   static constexpr int STEP = T::tiles ? 32 : MR;  // rows; with tiles a block is filled up to whole ones with zeros
   const FormixPointwise &p;
   const long b, g, group;
@@ -94,11 +93,11 @@ template <class T> struct PointwiseBackward {
     auto take = [&](long n) { float *r = next; next += (n + 15) / 16 * 16; return r; };
     Kt = (unit *)take(block_keys * units), Vt = (unit *)take(block_keys * units_v), K = (unit *)take(block_keys * Dp);
     dK = take(block_keys * Dp), dV = take(block_keys * Dvp);
-    Q = (unit *)take(GRAD_ROWS * LDA), dO = (unit *)take(GRAD_ROWS * LDA);
-    S = take(GRAD_ROWS * LDA), dP = take(GRAD_ROWS * LDA);
+    Q = (unit *)take(ROWS * LDA), dO = (unit *)take(ROWS * LDA);
+    S = take(ROWS * LDA), dP = take(ROWS * LDA);
     if (pairs) {
-      Qr = (unit *)take(GRAD_ROWS / 2 * Dp), dOr = (unit *)take(GRAD_ROWS / 2 * Dvp), ld_q = Dp, ld_do = Dvp;
-      Pt = (unit *)take(GRAD_ROWS / 2 * LDA), dSt = (unit *)take(GRAD_ROWS / 2 * LDA), dS = (unit *)take(GRAD_ROWS * LDA);
+      Qr = (unit *)take(ROWS / 2 * Dp), dOr = (unit *)take(ROWS / 2 * Dvp), ld_q = Dp, ld_do = Dvp;
+      Pt = (unit *)take(ROWS / 2 * LDA), dSt = (unit *)take(ROWS / 2 * LDA), dS = (unit *)take(ROWS * LDA);
     } else {
       Qr = Q, dOr = dO, ld_q = ld_do = LDA;
       Pt = (unit *)S, dSt = dS = (unit *)dP;
@@ -115,7 +114,7 @@ template <class T> struct PointwiseBackward {
   PointwiseBackward(const FormixPointwise &p, long b, long g)
       : p(p), b(b), g(g), group(p.Hq / p.Hkv), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)),
         units(units_of<T>(D)), units_v(units_of<T>(Dv)), block_keys(keys_of(p)),
-        block_rows(even_block(p.Nq, GRAD_ROWS, STEP)) {}
+        block_rows(even_block(p.Nq, ROWS, STEP)) {}
 
   void read_rows(long h, long i0, int rows) const {
     if constexpr (T::tiles)
