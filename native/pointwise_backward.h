@@ -61,8 +61,8 @@ static void narrow_gradients(const Bf16Activation<ACT> &f, const float *s, const
 template <class T> struct PointwiseBackward {
   using unit = typename T::unit;
   static constexpr bool pairs = T::per_unit == 2;
-  static constexpr int BLOCK = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 128 : KEYS;  // keys
-  static constexpr int ROWS = T::tiles ? 128 : 96;  // query rows of a block: the depth of the products P^T dO and dS^T Q
+  static constexpr int BLOCK = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 192 : KEYS;  // keys
+  static constexpr int ROWS = T::tiles ? 192 : 96;  // query rows of a block: the depth of the products P^T dO and dS^T Q
   static constexpr int STEP = T::tiles ? 32 : MR;  // rows; with tiles a block is filled up to whole ones with zeros
   const FormixPointwise &p;
   const long b, g, group;
