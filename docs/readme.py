@@ -1,7 +1,8 @@
 """Writes the tables of README.md and docs/ from results files: `python docs/readme.py`, or `make readme`.
 
 Between `<!-- table: results.json ... -->` and `<!-- end -->` stand the Markdown tables of those files, which
-`formix compare` or `formix bench targets` wrote; `<!-- joint: results.json ... -->` joins those of comparisons in one.
+`formix compare` or `formix bench targets` wrote, or of a directory that `formix convert --record` wrote;
+`<!-- joint: results.json ... -->` joins the files of comparisons in one table.
 `--check` only says whether the tables still are those of the files.
 """
 
@@ -16,6 +17,7 @@ from formix import records
 from formix.benchmarks.results import SCHEMA, Benchmark
 from formix.benchmarks.tables import targets_markdown
 from formix.comparison import joint_markdown, markdown_table, read_results
+from formix.conversion.summary import tables as conversion_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
@@ -33,6 +35,8 @@ def tables(match: re.Match[str]) -> str:
 
 
 def _table(path: Path) -> str:
+    if path.is_dir():  # of records of conversions
+        return conversion_tables(path)
     if json.loads(path.read_text()).get("schema") == SCHEMA:
         return targets_markdown(records.read(Benchmark, path, "formix bench"))
     results = read_results(path)

@@ -9,6 +9,8 @@ import formix
 from formix.benchmarks.measure import measure
 from formix.cli import main
 from formix.conversion.latency import ConvertedCase, converted_cases
+from formix.conversion.record import Conversion
+from formix.conversion.summary import write_record
 
 TEXT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 60,
@@ -56,6 +58,17 @@ def test_the_verb(directories, tmp_path, capsys):
     assert main(["bench", "converted", *flags, "--seconds=0.01", f"--out={tmp_path}"]) == 0
     table = (tmp_path / "README.md").read_text()
     assert all(what in table for what in ("N=8", "N=16", "own pixels", "converted"))
+
+
+def test_speeds_join_the_table_of_the_records_beside_them(directories, tmp_path):
+    (tmp_path / "other.json").write_text("[1]")
+    flags = [f"--directories={directories / 'bert'}", "--tokens=8", "--repetitions=1", "--seconds=0.01"]
+    assert main(["bench", "converted", *flags, f"--out={tmp_path / 'speed'}"]) == 0
+    assert not (tmp_path / "README.md").exists()  # no records: nothing to add to
+    write_record(Conversion.read(directories / "bert"), tmp_path, "bert", "relu")
+    page = (tmp_path / "README.md").read_text()
+    assert "| study | design |" in page
+    assert "bert forward bfloat16 B=1 N=8" in page
 
 
 def test_what_was_not_converted_is_refused(tmp_path, capsys):

@@ -132,6 +132,7 @@ def _run(what: str, config: Any, command: str) -> int:
     from formix.benchmarks.chart import chart_page
     from formix.benchmarks.results import Benchmark
     from formix.benchmarks.tables import comparison_table, page, terminal_tables
+    from formix.conversion.summary import refresh_summary
     from formix.environment import capture_environment
     from formix.ops import native
 
@@ -159,6 +160,8 @@ def _run(what: str, config: Any, command: str) -> int:
         records.write_atomically(out / "README.md", page(benchmark))
         if (chart := chart_page(benchmark)) is not None:
             records.write_atomically(out / "chart.html", chart)
+        if what == "converted":
+            refresh_summary(out.parent)
         console.print(f"Results: {out}", soft_wrap=True)
     return 0
 

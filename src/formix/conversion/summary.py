@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from formix.benchmarks.results import Benchmark
+from formix.benchmarks.tables import HEADS, markdown_table, rows
 from formix.conversion.record import Conversion
 from formix.conversion.report import write_report
 from formix.environment import capture_environment
-from formix.records import plain, write_atomically
+from formix.records import plain, read, write_atomically
 
 HEAD = "| study | design | measure | source | converted | calibrated | recovered | change | recovery |"
 
@@ -26,22 +28,43 @@ def write_record(conversion: Conversion, directory: Path, study: str, design: st
     file = directory / f"{study}-{''.join(c if c.isalnum() or c in '+-' else '_' for c in design)}.json"
     write_atomically(file, json.dumps(record, indent=1, default=str) + "\n")
     write_report(whole, file.with_suffix(".html"))
-    write_atomically(directory / "README.md", summary(directory))
+    refresh_summary(directory)
 
 
-def summary(directory: Path) -> str:
-    """The table over all records in a directory."""
-    rows = []
-    for path in sorted(directory.glob("*.json")):
-        record = json.loads(path.read_text())
-        rows += _rows(record)
-    lines = ["# Pretrained models, in other designs", "", HEAD, "|---" * 2 + "|---" + "|---:" * 6 + "|", *rows, ""]
+def refresh_summary(directory: Path) -> None:
+    """Make the directory's README.md anew if it holds records of conversions."""
+    if _records(directory):
+        write_atomically(directory / "README.md", f"# Pretrained models, in other designs\n\n{tables(directory)}")
+
+
+def tables(directory: Path) -> str:
+    """The table over all records in a directory, and that of the speeds in its subdirectories."""
+    lines = [HEAD, "|---" * 2 + "|---" + "|---:" * 6 + "|"]
+    for record in _records(directory):
+        lines += _rows(record)
     lines += [
+        "",
         "converted: weights carried over, nothing fitted; calibrated: one gain per head in closed form;",
         "recovered: after the last stage of distillation.",
         "`formix convert STUDY.yaml --record=DIR` writes a record and this table.",
     ]
+    speeds = [read(Benchmark, path, "formix bench") for path in sorted(directory.glob("*/results.json"))]
+    if speeds:
+        cases = [row for benchmark in speeds for row in rows(benchmark.cases)]
+        lines += [
+            "",
+            "Inference against the source's own class of timm or transformers, called in turn in one process",
+            f"({speeds[-1].environment.cpu}, {speeds[-1].isa}, {speeds[-1].environment.threads} threads;",
+            "`formix bench converted --directories=... --out=DIR/NAME`):",
+            "",
+            markdown_table([HEADS, *cases]).rstrip(),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    return [record for record in found if isinstance(record, dict) and {"study", "metrics"} <= record.keys()]
 
 
 def _rows(record: dict[str, Any]) -> list[str]:
@@ -51,10 +74,10 @@ def _rows(record: dict[str, Any]) -> list[str]:
     stages = [s for s in record["stages"] if s.get("trained")]
     seconds = sum(s["seconds"] for s in stages)
     last: dict[str, float] = next((metrics[s["stage"]] for s in reversed(stages) if s["stage"] in metrics), {})
-    rows = []
+    lines = []
     for name, source in metrics["source"].items():
         cells = [metrics.get(step, {}).get(name) for step in ("converted", "calibrated")] + [last.get(name)]
         change = "" if cells[-1] is None else f"{cells[-1] - source:+.4f}"
         values = " | ".join("" if v is None else f"{v:.4f}" for v in (source, *cells))
-        rows.append(f"| {record['study']} | {record['design']} | {name} | {values} | {change} | {seconds:.0f} s |")
-    return rows
+        lines.append(f"| {record['study']} | {record['design']} | {name} | {values} | {change} | {seconds:.0f} s |")
+    return lines
