@@ -11,6 +11,7 @@ from torch import nn
 
 import formix
 from formix.benchmarks import count_flops
+from formix.training.diagnostics import diagnose
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 4, "num_classes": 5}
 ROTARY = ("rope", "dinov3", "lingbot", "_pe_", "sapiens2")
@@ -294,6 +295,22 @@ def test_size_of_the_bias_part_at_the_start():
             softmax = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).std()
             assert 10 < (bias @ v).std() / softmax < 100
             assert 0.05 < (bias @ v / 196).std() / softmax < 0.5
+
+
+@pytest.mark.parametrize("kind", ["relative", "differential"])
+def test_share_of_active_scores(kind):
+    """With the bias that is added to them, and over both differences."""
+    model = random(formix.create_model(KINDS[kind], "relu", **small(KINDS[kind], depth=1))).eval()
+    images, attn = torch.randn(2, 3, *model.patch_embed.img_size), model.blocks[0].attn
+    seen = []
+    attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    share = diagnose(model, {"pixel_values": images})["active/blocks.0.attn"]
+    q, k, _ = attn.qkv(seen[0]).unflatten(-1, (3, -1, attn.head_dim)).permute(2, 0, 3, 1, 4)  # [B, H, N, D]
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * attn.head_dim**-0.5
+    if kind == "relative":
+        without, scores = scores, scores + attn.rel_pos.get_bias()
+        assert (without > 0).float().mean() != (scores > 0).float().mean()
+    assert share == pytest.approx((scores > 0).float().mean().item(), abs=1e-6)
 
 
 REFUSED = {

@@ -13,8 +13,8 @@ from formix.design import GatedUnit, Mixer, Pointwise, Sima, Softmax
 from formix.ops import l1_attention, pointwise_attention
 from formix.ops.masks import causal_mask, repeat_heads, visible_mask
 
-# mixer, query, key and the boolean mask of visible pairs, if there is one
-Watcher = Callable[[Mixer, Tensor, Tensor, Tensor | None], None]
+# mixer, query, key, and if there are: the boolean mask of visible pairs, the bias of the scores
+Watcher = Callable[[Mixer, Tensor, Tensor, Tensor | None, Tensor | None], None]
 _watchers: list[Watcher] = []
 
 
@@ -61,7 +61,7 @@ def attend(
     grouped = query.shape[1] != key.shape[1]
     for watcher in _watchers:
         boolean = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > float("-inf")
-        watcher(mixer, query, key, visible_mask(boolean, is_causal, query, key))
+        watcher(mixer, query, key, visible_mask(boolean, is_causal, query, key), attn_bias)
     match mixer:
         case Softmax():
             if is_causal and attn_mask is not None:

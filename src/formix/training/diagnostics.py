@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ def diagnose(model: nn.Module, batch: Batch) -> dict[str, float]:
     """
     layer = ""
     rms: dict[str, float] = {}
-    active: dict[str, float] = {}
+    active: dict[str, list[float]] = {}
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, *inputs: Any) -> None:
@@ -48,9 +49,9 @@ def diagnose(model: nn.Module, batch: Batch) -> dict[str, float]:
 
         return hook
 
-    def see(mixer: Mixer, query: Tensor, key: Tensor, visible: Tensor | None) -> None:
-        if isinstance(mixer, Pointwise) and mixer.activation in ZERO_BELOW:
-            active[f"active/{layer}"] = _active_share(query, key, visible)
+    def see(mixer: Mixer, query: Tensor, key: Tensor, visible: Tensor | None, bias: Tensor | None) -> None:
+        if isinstance(mixer, Pointwise) and mixer.activation in ZERO_BELOW:  # twice in differential attention
+            active.setdefault(f"active/{layer}", []).append(_active_share(query, key, visible, bias))
 
     handles = []
     for name, module in model.named_modules():
@@ -70,12 +71,14 @@ def diagnose(model: nn.Module, batch: Batch) -> dict[str, float]:
     finally:
         for handle in handles:
             handle.remove()
-    return {**rms, **{f"spread/{row.name}": row.spread_after_ffn for row in layers}, **active}
+    shares = {name: statistics.fmean(values) for name, values in active.items()}
+    return {**rms, **{f"spread/{row.name}": row.spread_after_ffn for row in layers}, **shares}
 
 
-def _active_share(query: Tensor, key: Tensor, visible: Tensor | None) -> float:
+def _active_share(query: Tensor, key: Tensor, visible: Tensor | None, bias: Tensor | None) -> float:
     """Share of the visible pairs [B, H, Nq, Nk] with a score above 0; the scale of the scores is positive."""
-    positive = query.float() @ repeat_heads(key, query.shape[1]).float().transpose(-2, -1) > 0
+    scores = query.float() @ repeat_heads(key, query.shape[1]).float().transpose(-2, -1)
+    positive = (scores if bias is None else scores * query.shape[-1] ** -0.5 + bias) > 0
     if visible is None:
         return positive.float().mean().item()
     visible = visible.expand_as(positive)
