@@ -26,13 +26,13 @@ from formix.models.hf import (
     DesignedAttention,
     DesignedBlock,
     WithHead,
+    check_inputs,
     gated_unit_for,
     layer_designs,
     linear_rows,
     no_layers,
     norms_kept,
     padding_mask,
-    refuse_attentions,
     run_layers,
 )
 
@@ -166,9 +166,7 @@ class EncoderTrunk:
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """As transformers' `BertModel.forward` of an encoder; `attention_mask` is a tokenizer's, [batch, tokens]."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
-        refuse_attentions(kwargs)
+        check_inputs(input_ids, inputs_embeds, kwargs)
         x = self.embeddings(
             input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
         )

@@ -24,7 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from formix.models.bert import FormixBertEncoder, FormixBertLayer
-from formix.models.hf import WithHead, no_layers, padding_mask, refuse_attentions
+from formix.models.hf import WithHead, check_inputs, no_layers, padding_mask
 
 
 class FormixDistilBertConfig(DistilBertConfig):
@@ -77,9 +77,7 @@ class FormixDistilBertModel(FormixDistilBertPreTrainedModel, DistilBertModel):
     ) -> BaseModelOutput:
         """As transformers' `DistilBertModel.forward`; `attention_mask` is a tokenizer's, [batch, tokens], and
         `token_type_ids`, which DistilBERT has no embedding for, are taken and not read."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
-        refuse_attentions(kwargs)
+        check_inputs(input_ids, inputs_embeds, kwargs)
         x = self.embeddings(input_ids, inputs_embeds, position_ids)
         return BaseModelOutput(last_hidden_state=self.encoder(x, padding_mask(attention_mask)))  # [B, N, C]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from formix.design import Design, GatedUnit, LayerDesign, Pointwise
@@ -285,10 +285,27 @@ def as_boolean(mask: Any) -> Tensor | None:
     return visible
 
 
-def refuse_attentions(kwargs: dict[str, Any]) -> None:
-    """Raise `ValueError` if a forward pass was asked for attention weights."""
+def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` unless a forward pass has one kind of input, and if it was asked for attention weights."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions is True, but formix never forms the matrix of attention weights.")
+
+
+def cache_of(model: Any, past_key_values: Any, use_cache: bool | None) -> tuple[Any, bool | None]:
+    """The cache that a decoder's forward pass reads and fills, and whether it is given back."""
+    if model.gradient_checkpointing and model.training:
+        return None, False  # recomputing a layer would add to the cache again
+    if use_cache and past_key_values is None:
+        past_key_values = DynamicCache(config=model.config)
+    return past_key_values, use_cache
+
+
+def next_positions(x: Tensor, past_key_values: Any) -> Tensor:
+    """[1, N], counted on from the tokens in the cache."""
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return torch.arange(x.shape[1], device=x.device)[None] + past
 
 
 def run_layers(modules: Any, layers: list[LayerDesign], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -34,13 +34,15 @@ from formix.models.hf import (
     DesignedBlock,
     WithHead,
     as_boolean,
+    cache_of,
+    check_inputs,
     count_tokens,
     gated_unit_for,
     layer_designs,
     linear_rows,
+    next_positions,
     no_layers,
     norms_kept,
-    refuse_attentions,
     run_layers,
 )
 
@@ -203,17 +205,11 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As transformers' `LlamaModel.forward`; masks are tokenizer masks [batch, past + tokens] or boolean 4-D."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
-        refuse_attentions(kwargs)
-        if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None  # recomputing a layer would add to the cache again
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        check_inputs(input_ids, inputs_embeds, kwargs)
+        past_key_values, use_cache = cache_of(self, past_key_values, use_cache)
         x: Any = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, N, C]
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(x.shape[1], device=x.device)[None] + past
+            position_ids = next_positions(x, past_key_values)
         masking = {
             "config": self.config,
             "inputs_embeds": x,

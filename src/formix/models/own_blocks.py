@@ -116,8 +116,8 @@ def give_mixer(attn: Any, kind: type, mixer: Mixer, *, width: int | None = None)
         )
     if isinstance(mixer, Sima) and mixer.num_heads not in (None, attn.num_heads):
         raise ValueError(
-            f"The design's num_heads is {mixer.num_heads}, but timm's attention in this model has {attn.num_heads} heads; "
-            "pass num_heads to the model instead."
+            f"The design's num_heads is {mixer.num_heads}, but timm's attention in this model has {attn.num_heads} "
+            "heads; pass num_heads to the model instead."
         )
     assert getattr(attn, "gate", None) is None, "none of timm's names has a gate"
     weight = next(attn.parameters())
