@@ -208,7 +208,7 @@ template <class T> struct PointwiseForward {
 
 template <class T> static int pointwise_forward(const FormixPointwise &p) {
   const long pairs = p.B * p.Hkv, parts = parts_for(pairs, p.threads, PointwiseForward<T>::blocks_of(p), p.causal);
-  const long at_once = tasks_at_once(pairs * parts, p.threads, greatest(p.Nq, p.Nk), p.causal);
+  const long at_once = tasks_at_once(pairs * parts, p.threads, greatest(p.Nq, p.Nk), p.causal && parts > 1);
   int failed = 0;
 #pragma omp parallel for schedule(dynamic, at_once) num_threads(p.threads) reduction(| : failed)
   for (long task = 0; task < pairs * parts; task++) {
