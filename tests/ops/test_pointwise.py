@@ -218,6 +218,16 @@ def test_bias_of_the_scores(activation):
         close(got, want, 1e-11)
 
 
+def test_a_bias_is_not_lost_after_an_equal_call_without():
+    """Equal calls go straight to the kernels, which have no bias."""
+    q, k, v = qkv(dtype=torch.float32)
+    for _ in range(3):
+        plain = pointwise_attention(q, k, v)
+    with_bias = pointwise_attention(q, k, v, attn_bias=torch.ones(7, 7))
+    close(with_bias, pointwise_attention(q, k, v, attn_bias=torch.ones(7, 7), impl="reference"), 1e-6)
+    assert not torch.allclose(with_bias, plain)
+
+
 def test_dropout_of_weights():
     ones = torch.ones(1, 1, 1000, 4)
     out = pointwise_attention(ones[:, :, :50], ones, ones, scale=0.25, dropout_p=0.2)

@@ -80,7 +80,9 @@ def pointwise_attention(
         ValueError: shapes, dtypes, a float mask, an unknown name, or an `impl` that cannot run this call.
     """
     given = (activation, length_exponent, length, is_causal, scale, enable_gqa, dropout_p, impl)
-    signature = repeated.signature("pointwise_attention", query, key, value, attn_mask, *given)
+    signature = None
+    if attn_bias is None:  # which the kernels do not know
+        signature = repeated.signature("pointwise_attention", query, key, value, attn_mask, *given)
     if signature is not None and (out := repeated.run(signature, query, key, value, attn_mask)) is not None:
         return out
     query, key, value = autocast_inputs(query, key, value)
