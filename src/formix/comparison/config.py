@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from formix.data import OnBadSample
+from formix.data.config import DataConfig
 from formix.design import design, split_outside_brackets
 from formix.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(DataConfig):
     """Designs trained side by side on the same data, budget and seeds."""
 
-    data: str = "digits"  # a name of `formix.data.list_data()`
     designs: str | list[str] = "softmax,relu,sima,activator,paf,skip"  # the first, or softmax, is the baseline
     seeds: int = 3  # runs of every design, with seeds 0, 1, ...
     # learning rates; of several, each design keeps the one that is best on validation with seed 0
@@ -32,14 +31,6 @@ class CompareConfig:
 
     model: str | None = None  # a timm, GPT-2 or BERT name; None: a small one that fits the data
     model_args: dict[str, Any] = field(default_factory=dict)  # its arguments: {embed_dim: 64, depth: 4}
-
-    sequence_length: int = 128  # tokens of a window or sentence
-    tokenizer: str | None = None  # a transformers tokenizer directory; None: bytes, or WordPiece of the data for GLUE
-    img_size: int | None = None  # side that images of folders are scaled to
-    validation_fraction: float | None = None  # held out for choosing; None: the data's own default
-    test_fraction: float | None = None  # held out for reporting where the data have no test split
-    limit: int | None = None  # most training samples (bytes of text)
-    on_bad_sample: OnBadSample = "refuse"  # of images in files: one that cannot be read ends it, or is left out
 
     latency: bool = True  # measure inference time at batch 1 and 32 in float32 and bfloat16
     threads: int | None = None  # CPU threads; None: PyTorch's choice

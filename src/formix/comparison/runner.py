@@ -32,7 +32,7 @@ from formix.comparison.results import (
     write_run,
 )
 from formix.comparison.statistics import choose_learning_rate
-from formix.data import Data, load_data
+from formix.data import Data
 from formix.design import design as find_design
 from formix.environment import capture_environment
 from formix.records import write_atomically
@@ -63,16 +63,7 @@ def compare(config: CompareConfig, on_progress: Callable[[Progress], None] | Non
     out = Path(config.out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    data = load_data(
-        config.data,
-        sequence_length=config.sequence_length,
-        tokenizer=config.tokenizer,
-        img_size=config.img_size,
-        validation_fraction=config.validation_fraction,
-        test_fraction=config.test_fraction,
-        limit=config.limit,
-        on_bad_sample=config.on_bad_sample,
-    )
+    data = config.load_data()
     designs = _check_designs(config, data)
     _claim(out, config, data)
     able = [record.design for record in designs if record.refused is None]

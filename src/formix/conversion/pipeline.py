@@ -86,7 +86,7 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     place = recovery.tokenizer or source
     if place is None:
         raise ValueError("tokenizer is missing; name the directory of the model's own.")
-    if model.can_generate():
+    if model.can_generate() or recovery.labelled:
         data = load_data(
             recovery.data,
             tokenizer=str(place),
@@ -99,15 +99,6 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
                 f"The tokenizer has {data.vocab_size} tokens and the model {model.config.vocab_size}; recovery needs "
                 "the model's own."
             )
-        return data, recovery.batch_size
-    if recovery.labelled:
-        data = load_data(
-            recovery.data,
-            tokenizer=str(place),
-            sequence_length=recovery.sequence_length,
-            seed=recovery.seed,
-            limit=recovery.limit,
-        )
         return data, recovery.batch_size
     from transformers import AutoTokenizer
 

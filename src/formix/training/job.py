@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from formix.data import Data, OnBadSample, load_data
+from formix.data import Data
+from formix.data.config import DataConfig
 from formix.data.masking import masked_lm
 from formix.records import write_atomically
 from formix.training.parallel import Parallel
@@ -25,19 +26,11 @@ DEFINING = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class JobConfig(DataConfig):
     """The data, the model, and where and how the run is carried out."""
 
-    data: str = "digits"  # a name of `formix data`
     task: Literal["masked-lm"] | None = None  # None: what the data are for
     mask_probability: float = 0.15  # of masked-lm: share of the tokens that are to be predicted
-    sequence_length: int = 128  # tokens of a window or sentence
-    tokenizer: str | None = None  # a transformers tokenizer directory; None: bytes, or WordPiece of the data for GLUE
-    img_size: int | None = None  # side that images of folders are scaled to
-    validation_fraction: float | None = None  # held out for choosing; None: the data's own default
-    test_fraction: float | None = None  # held out for reporting where the data have no test split
-    limit: int | None = None  # most training samples (bytes of text)
-    on_bad_sample: OnBadSample = "refuse"  # of images in files: one that cannot be read ends the run, or is left out
 
     design: str | None = None  # a design or combination; None: a directory's own, or softmax
     model: str | None = None  # a timm or text model's name, or a directory with weights; None: a small one that fits
@@ -64,16 +57,7 @@ class JobConfig:
 
     def load_data(self) -> Data:
         """The data of the run."""
-        data = load_data(
-            self.data,
-            sequence_length=self.sequence_length,
-            tokenizer=self.tokenizer,
-            img_size=self.img_size,
-            validation_fraction=self.validation_fraction,
-            test_fraction=self.test_fraction,
-            limit=self.limit,
-            on_bad_sample=self.on_bad_sample,
-        )
+        data = super().load_data()
         return masked_lm(data, probability=self.mask_probability) if self.task == "masked-lm" else data
 
     def identity(self, data: Data) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""The settings that say which data a run reads: for comparisons and training alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from formix.data import Data, OnBadSample, load_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The arguments of `formix.data.load_data`."""
+
+    data: str = "digits"  # a name of `formix data`
+    sequence_length: int = 128  # tokens of a window or sentence
+    tokenizer: str | None = None  # a transformers tokenizer directory; None: bytes, or WordPiece of the data for GLUE
+    img_size: int | None = None  # side that images of folders are scaled to
+    validation_fraction: float | None = None  # held out for choosing; None: the data's own default
+    test_fraction: float | None = None  # held out for reporting where the data have no test split
+    limit: int | None = None  # most training samples (bytes of text)
+    on_bad_sample: OnBadSample = "refuse"  # of images in files: one that cannot be read ends the run, or is left out
+
+    def load_data(self) -> Data:
+        """The data of the run."""
+        return load_data(
+            self.data,
+            sequence_length=self.sequence_length,
+            tokenizer=self.tokenizer,
+            img_size=self.img_size,
+            validation_fraction=self.validation_fraction,
+            test_fraction=self.test_fraction,
+            limit=self.limit,
+            on_bad_sample=self.on_bad_sample,
+        )
