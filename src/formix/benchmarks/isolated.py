@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from formix.benchmarks.attention import AttentionCase
 from formix.benchmarks.measure import measure
-from formix.benchmarks.memory import peak_growth
+from formix.benchmarks.memory import peak_growth, peak_resident
 from formix.benchmarks.results import Case
 from formix.records import parse, plain
 
@@ -63,8 +62,7 @@ def _main() -> None:
         print(json.dumps(plain(measure("attention", cases, repetitions=1, seconds=request["seconds"]))))
         return
     growth = peak_growth(lambda: next(iter(cases[0].calls().values()))())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps([peak, growth]))
+    print(json.dumps([peak_resident(), growth]))
 
 
 if __name__ == "__main__":
