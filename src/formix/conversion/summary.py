@@ -9,7 +9,6 @@ from typing import Any
 from formix.benchmarks.results import Benchmark
 from formix.benchmarks.tables import HEADS, markdown_table, rows
 from formix.conversion.record import Conversion
-from formix.conversion.report import write_report
 from formix.environment import capture_environment
 from formix.records import plain, read, write_atomically
 
@@ -17,8 +16,7 @@ HEAD = "| study | design | measure | source | converted | calibrated | recovered
 
 
 def write_record(conversion: Conversion, directory: Path, study: str, design: str) -> None:
-    """Keep a conversion's record, without its weight map, and its report, and make the directory's README.md anew."""
-    whole = conversion.to_dict()
+    """Keep a conversion's record, without its weight map, and make the directory's README.md anew."""
     record = conversion.to_dict()
     del record["mapping"]
     record["source"] = {k: v for k, v in record["source"].items() if k != "config"}
@@ -27,7 +25,6 @@ def write_record(conversion: Conversion, directory: Path, study: str, design: st
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{study}-{''.join(c if c.isalnum() or c in '+-' else '_' for c in design)}.json"
     write_atomically(file, json.dumps(record, indent=1, default=str) + "\n")
-    write_report(whole, file.with_suffix(".html"))
     refresh_summary(directory)
 
 
