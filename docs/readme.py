@@ -2,7 +2,8 @@
 
 Between `<!-- table: results.json ... -->` and `<!-- end -->` stand the Markdown tables of those files, which
 `formix compare` or `formix bench targets` wrote, or of a directory that `formix convert --record` wrote;
-`<!-- joint: results.json ... -->` joins the files of comparisons in one table.
+`<!-- joint: results.json ... -->` joins the files of comparisons in one table, and `<!-- training: DIRECTORY ... -->`
+makes one of what `formix train` left there (config.json and result.json).
 `--check` only says whether the tables still are those of the files.
 """
 
@@ -21,7 +22,7 @@ from formix.conversion.summary import tables as conversion_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
-TABLE = re.compile(r"(<!-- (table|joint): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (table|joint|training): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def tables(match: re.Match[str]) -> str:
@@ -30,6 +31,8 @@ def tables(match: re.Match[str]) -> str:
     paths = [ROOT / file for file in files.split()]
     if kind == "joint":
         return f"{begin}\n{joint_markdown([read_results(path) for path in paths])}\n{end}"
+    if kind == "training":
+        return f"{begin}\n{_training(paths)}\n{end}"
     parts = [f"{_table(path).strip()}\n" for path in paths]
     return f"{begin}\n" + "\n".join(parts) + f"\n{end}"
 
@@ -43,6 +46,20 @@ def _table(path: Path) -> str:
     task = results.task
     heading = f"`--data {task.data}`, {task.model}, {results.environment.cpu}, {results.environment.instruction_set}:"
     return f"{heading}\n\n{markdown_table(results)}"
+
+
+def _training(directories: list[Path]) -> str:
+    lines = [
+        "| study | data | model | design | epochs | minutes | metric | validation | test | chance |",
+        "| --- | --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for directory in directories:
+        config, result = (json.loads((directory / name).read_text()) for name in ("config.json", "result.json"))
+        cells = [directory.name, config["data"], config["model"], config["design"] or "the model's own"]
+        cells += [f"{config['epochs']:g}", f"{result['seconds'] / 60:.0f}", result["metric"]]
+        cells += [f"{result[name]:.4f}" for name in ("validation", "test", "chance")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
