@@ -15,6 +15,7 @@ from formix.commands.arguments import parse
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
+    "chat_template.jinja",
 )  # fmt: skip
 
 
@@ -70,7 +71,6 @@ def _config(arguments: list[str]) -> tuple[str, ConvertConfig]:
     """The name of the study and what it asks for; the first argument may be a source or a study's YAML."""
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
     flags = arguments if first is None else arguments[1:]
-    flags = ["--dry_run=true" if flag in ("--dry-run", "--dry_run") else flag for flag in flags]
     if first is not None and first.endswith((".yaml", ".yml")):
         if not Path(first).is_file():
             raise ValueError(f"{first} is no file; give a study's YAML.")

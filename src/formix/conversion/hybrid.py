@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from formix.design import Design, Layout, Softmax, Wiring
+from formix.design import Design, Layout, Softmax
 from formix.design import design as find_design
 
 
@@ -69,6 +69,3 @@ def _numbers(given: Sequence[int] | str, depth: int, what: str) -> set[int]:
         if not -depth <= number < depth:
             raise ValueError(f"{what} names layer {number}; the model has layers 0 to {depth - 1}.")
     return {number % depth for number in numbers}
-
-
-__all__ = ["Wiring", "choose_layers", "parse_numbers"]

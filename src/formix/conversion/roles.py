@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,7 +23,6 @@ class Layer:
     mixer: Any  # the attention, or the unit in its place: its output projection's output is the branch
     out: Any  # the projection behind the mixer, a linear layer [H D -> C]
     heads: int
-    key_bias: Tensor | None  # a view of the bias of all keys, [Hkv D]; a constant added to all keys
     norms: tuple[Any, Any]
     ffn_in: tuple[Any, ...]  # the linear layers that read the FFN's input
     ffn_out: Any
@@ -53,48 +51,40 @@ def _layer(name: str, block: Any) -> Layer | None:
     if kind == "Block" and hasattr(block, "layer_design"):
         attn, mlp = block.attn, block.mlp
         out = getattr(attn, "proj", None)
-        bias = None
-        if out is not None and attn.qkv.bias is not None and isinstance(attn.k_norm, nn.Identity):
-            bias = attn.qkv.bias.data[attn.attn_dim : 2 * attn.attn_dim]
         fc1 = getattr(mlp, "fc1", None)
         return Layer(
-            name, block, block.layer_design, attn, out, getattr(attn, "num_heads", 0), bias,
+            name, block, block.layer_design, attn, out, getattr(attn, "num_heads", 0),
             (block.norm1, block.norm2), () if fc1 is None else (fc1,), getattr(mlp, "fc2", None), "pre",
         )  # fmt: skip
     if kind == "XCABlock" and hasattr(block.attn, "mixer"):
         attn = block.attn
-        bias = None if attn.qkv.bias is None else attn.qkv.bias.data[attn.attn_dim : 2 * attn.attn_dim]
         design = LayerDesign(mixer=attn.mixer, layout=_SERIES, index=int(name.rsplit(".", 1)[1]))
         return Layer(
-            name, block, design, attn, attn.proj, attn.num_heads, bias,
+            name, block, design, attn, attn.proj, attn.num_heads,
             (block.norm1, block.norm2), (block.mlp.fc1,), block.mlp.fc2, "pre",
         )  # fmt: skip
     if kind == "FormixBertLayer":
         attention = block.attention
         self_attention: Any = getattr(attention, "self", None)
         unit = attention.unit
-        bias = None if unit is not None or self_attention.has_qk_norm else self_attention.key.bias.data
         ffn = block.output is not None
         return Layer(
             name, block, block.layer_design, unit if unit is not None else self_attention,
-            None if unit is not None else attention.output.dense, getattr(self_attention, "num_heads", 0), bias,
+            None if unit is not None else attention.output.dense, getattr(self_attention, "num_heads", 0),
             (attention.output.LayerNorm, block.output.LayerNorm if ffn else None),
             (block.intermediate.dense,) if ffn else (), block.output.dense if ffn else None, "post",
         )  # fmt: skip
     if kind == "FormixGPT2Block":
         attn, gated = block.attn, not hasattr(block.attn, "c_proj")
-        own = 0 if gated else len(attn.kv_heads.own) * attn.head_dim
-        bias = None if gated or attn.has_qk_norm else attn.c_attn.bias.data[-2 * own : -own]
         return Layer(
             name, block, block.layer_design, attn, None if gated else attn.c_proj, getattr(attn, "num_heads", 0),
-            bias, (block.ln_1, block.ln_2), () if block.mlp is None else (block.mlp.c_fc,),
+            (block.ln_1, block.ln_2), () if block.mlp is None else (block.mlp.c_fc,),
             None if block.mlp is None else block.mlp.c_proj, "pre",
         )  # fmt: skip
     if kind == "FormixLlamaDecoderLayer":
         attn, mlp = block.self_attn, block.mlp
         return Layer(
             name, block, block.layer_design, attn, getattr(attn, "o_proj", None), getattr(attn, "num_heads", 0),
-            None,  # the rotation makes of a constant key another one at every position
             (block.input_layernorm, block.post_attention_layernorm),
             () if mlp is None else (mlp.gate_proj, mlp.up_proj), None if mlp is None else mlp.down_proj, "pre",
         )  # fmt: skip
@@ -104,9 +94,3 @@ def _layer(name: str, block: Any) -> Layer | None:
 def weight_in_out(linear: Any) -> Tensor:
     """The weight of a linear layer as [in, out], a view."""
     return linear.weight.data if isinstance(linear, Conv1D) else linear.weight.data.T
-
-
-@torch.no_grad()
-def scale_inputs(linear: Any, factors: Tensor) -> None:
-    """Multiply, in place, what the layer reads on each of its inputs [in]."""
-    weight_in_out(linear).mul_(factors.to(linear.weight)[:, None])
