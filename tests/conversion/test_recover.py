@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -122,28 +123,82 @@ def test_recovery_brings_a_model_nearer_to_its_source(design: str) -> None:
     assert [s["stage"] for s in model.conversion.stages] == ["match", "align"]
 
 
-def test_a_killed_recovery_goes_on(tmp_path) -> None:
-    teacher, whole = pair("relu")
-    recover(whole, teacher, sentences(), STAGES, state=tmp_path / "whole")
+class KilledError(Exception):
+    pass
 
-    class KilledError(Exception):
-        pass
+
+@pytest.mark.parametrize("moment", ["in a stage", "behind its last checkpoint"])
+def test_a_killed_recovery_goes_on(moment: str, tmp_path) -> None:
+    teacher, whole = pair("relu")
+    expected = recover(whole, teacher, sentences(), STAGES)
 
     def kill(stage: str, share: float) -> None:
-        if stage == "align" and share > 0.6:
+        if moment == "in a stage" and stage == "align" and share > 0.6:
+            raise KilledError
+
+    def kill_at_the_end(model: torch.nn.Module) -> None:
+        finished = (tmp_path / "state.json").is_file()  # match is; this is align
+        if moment != "in a stage" and finished:
             raise KilledError
 
     _, model = pair("relu")
     with pytest.raises(KilledError):
-        recover(model, teacher, sentences(), STAGES, state=tmp_path / "cut", on_progress=kill)
+        recover(model, teacher, sentences(), STAGES, state=tmp_path, on_progress=kill, metric=kill_at_the_end)
     _, fresh = pair("relu")
     stages: list[str] = []
-    recover(fresh, teacher, sentences(), STAGES, state=tmp_path / "cut", on_progress=lambda s, _: stages.append(s))
-    assert set(stages) == {"align"}
+    records = recover(fresh, teacher, sentences(), STAGES, state=tmp_path, on_progress=lambda s, _: stages.append(s))
+    assert set(stages) == ({"align"} if moment == "in a stage" else set())
     for name, tensor in fresh.state_dict().items():
         torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="other stages"):
-        recover(fresh, teacher, sentences(), STAGES[:1], state=tmp_path / "cut")
+    for record, uncut in zip(records, expected, strict=True):
+        assert record["held_out"] == pytest.approx(uncut["held_out"], rel=1e-4)
+        assert record["held_out_before"] == record["held_out"][0]
+        assert record["held_out_after"] == min(record["held_out"])
+
+
+def test_the_best_weights_and_the_time_of_a_stage_outlive_a_kill(tmp_path) -> None:
+    stage = Stage(name="align", epochs=4, lr=1.0, evaluations=4, patience=9)  # it only gets worse
+    teacher, model = pair("relu")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def kill(name: str, share: float) -> None:
+        if share > 0.6:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        recover(model, teacher, sentences(), [stage], state=tmp_path, on_progress=kill)
+    record = recover(pair("relu")[1], teacher, sentences(), [stage], state=tmp_path)[0]
+    assert len(record["held_out"]) == 5
+    watch = json.loads(next((tmp_path / "stage0").glob("step-*/model/watch.json")).read_text())
+    assert record["seconds"] > watch["seconds"]
+    _, fresh = pair("relu")
+    (tmp_path / "state.json").unlink()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.zero_()  # what the model starts from is no more looked at
+    again = recover(fresh, teacher, sentences(), [stage], state=tmp_path)[0]
+    assert again["held_out"] == record["held_out"]
+    assert record["held_out_after"] == record["held_out_before"]
+    assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("killed", ["in the first stage", "later"])
+def test_another_recovery_does_not_go_on_from_a_killed_one(killed: str, tmp_path) -> None:
+    def kill(stage: str, share: float) -> None:
+        if stage == "align" or (killed == "in the first stage" and share > 0.6):
+            raise KilledError
+
+    first = dataclasses.replace(STAGES[0], epochs=1)
+    begun = [first, dataclasses.replace(STAGES[1], epochs=1)] if killed == "later" else [STAGES[0]]
+    teacher, model = pair("relu")
+    with pytest.raises(KilledError):
+        recover(model, teacher, sentences(), begun, state=tmp_path, on_progress=kill)
+    with pytest.raises(ValueError, match=r"with design\.mixer\.kind pointwise and this one has .* sima"):
+        recover(pair("sima")[1], teacher, sentences(), begun, state=tmp_path)
+    with pytest.raises(ValueError, match=r"with stages\.0\.lr 0.003 and this one has .* 1.0"):
+        recover(model, teacher, sentences(), [dataclasses.replace(begun[0], lr=1.0), *begun[1:]], state=tmp_path)
+    with pytest.raises(ValueError, match="with calibration"):
+        recover(model, teacher, sentences(), begun, state=tmp_path, settings={"calibration": 3})
 
 
 def test_a_stage_without_improvement_ends_early() -> None:

@@ -186,6 +186,7 @@ def run(
         _stages(recovery, math.ceil(len(data.train) / batch_size), batch_size),
         labelled=recovery.labelled,
         state=state,
+        settings={k: v for k, v in dataclasses.asdict(recovery).items() if k not in ("data", "tokenizer")},
         seed=recovery.seed,
         metric=measure if measured else None,
         on_progress=on_progress,

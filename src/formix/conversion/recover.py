@@ -6,21 +6,22 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from formix.conversion.objectives import Distillation
 from formix.conversion.record import Conversion
 from formix.data import Data, collate
+from formix.records import write_atomically
 from formix.training import Objective, TrainConfig, train
-from formix.training.checkpoint import Checkpoints
+from formix.training.checkpoint import Checkpoints, difference
 from formix.training.loop import autocast_dtype
 
 STAGES = ("match", "align", "task")
@@ -74,6 +75,7 @@ def recover(
     *,
     labelled: bool = False,
     state: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     metric: Callable[[nn.Module], Any] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
@@ -85,26 +87,29 @@ def recover(
         teacher: the source as a model of formix's (`formix.convert(source, "softmax")`).
         data: its train split is learned from, without labels unless `labelled`; the held-out loss is of validation.
         state: a directory for what is needed to go on: finished stages and checkpoints of the one under way.
+        settings: what else the outcome depends on; only a recovery with the same may go on from `state`.
         metric: measured after each stage, for the record.
         on_progress: called with a stage's name and the share of it that is done.
 
     Raises:
-        ValueError: logits are to be matched and the model has none, or a loss that is no number.
+        ValueError: logits are to be matched and the model has none, a loss that is no number, or a `state` of another
+            recovery.
     """
     place = None if state is None else Path(state)
-    records, done = _resume(model, place, stages)
     conversion = Conversion.of(model)
+    identity = _identity(conversion, data, stages, {**(settings or {}), "labelled": labelled, "seed": seed})
+    records, done = _resume(model, place, identity)
     distillation = Distillation(teacher, model, data, labelled)
     for number, stage in enumerate(stages):
         if number < done:
             continue
-        checkpoints = None if place is None else Checkpoints(place / f"stage{number}", keep=1, minutes=2.0)
-        record = _run(model, distillation, data, stage, seed, checkpoints, on_progress)
+        stage_place = None if place is None else place / f"stage{number}"
+        record = _run(model, distillation, data, stage, seed, stage_place, identity, on_progress)
         if metric is not None:
             record["metric"] = metric(model)
         records.append(record)
         if place is not None:
-            _keep(model, place, records, stages)
+            _keep(model, place, records, identity)
     if conversion is not None:
         model.conversion = conversion  # type: ignore[assignment]
         conversion.stages += records
@@ -113,32 +118,69 @@ def recover(
     return records
 
 
+class _Watch:
+    """A stage's held-out losses and the weights that are best by them, which every checkpoint of the stage holds."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []  # the first is that before training
+        self.weights: dict[str, Tensor] = {}
+        self._spent, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Spent in the stage, up to the checkpoint that it goes on from and since then."""
+        return self._spent + time.perf_counter() - self._since
+
+    @property
+    def best(self) -> float:
+        return min(self.losses)
+
+    @property
+    def without_improvement(self) -> int:
+        return len(self.losses) - 1 - self.losses.index(self.best)
+
+    def add(self, loss: float, model: nn.Module) -> None:
+        if not self.losses or loss < self.best:
+            self.weights = _tensors(model)
+        self.losses.append(loss)
+
+    def write(self, _: nn.Module, directory: str | Path) -> None:
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(self.weights, place / "best.safetensors")
+        (place / "watch.json").write_text(json.dumps({"held_out": self.losses, "seconds": self.seconds}))
+
+    def read(self, directory: Path) -> None:
+        stored = json.loads((directory / "watch.json").read_text())
+        self.losses, self.weights = stored["held_out"], load_file(directory / "best.safetensors")
+        self._spent, self._since = stored["seconds"], time.perf_counter()
+
+
 def _run(
     model: nn.Module,
     distillation: Distillation,
     data: Data,
     stage: Stage,
     seed: int,
-    checkpoints: Checkpoints | None,
+    place: Path | None,
+    identity: dict[str, Any],
     on_progress: Callable[[str, float], None] | None,
 ) -> dict[str, Any]:
     loss = getattr(distillation, stage.name)
-    best: dict[str, Any] = {"loss": None, "state": None, "since": 0}
-    curve: list[float] = []
-    began = time.perf_counter()
+    watch, checkpoints = _Watch(), None
 
     def held_out(current: nn.Module) -> float:
-        value = _mean_loss(loss, current, data, stage)
-        curve.append(value)
-        if best["loss"] is None or value < best["loss"]:
-            best.update(loss=value, since=0, state={k: v.detach().clone() for k, v in current.state_dict().items()})
-        else:
-            best["since"] += 1
-            if best["since"] >= stage.patience:
-                raise _NoImprovementError
-        return value
+        watch.add(_mean_loss(loss, current, data, stage), current)
+        if watch.without_improvement >= stage.patience:
+            raise _NoImprovementError
+        return watch.losses[-1]
 
-    before = held_out(model)
+    if place is not None:
+        checkpoints = Checkpoints(place, keep=1, minutes=2.0, identity=identity, write_model=watch.write)
+        if (latest := checkpoints.open()) is not None:
+            watch.read(latest / "model")
+    if not watch.losses:
+        held_out(model)
     frozen = [] if stage.name == "task" else _embeddings(model)
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -160,16 +202,16 @@ def _run(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    model.load_state_dict(best["state"])
+    model.load_state_dict(watch.weights)
     return {
         "stage": stage.name,
         "trained": True,
         "settings": dataclasses.asdict(stage),
-        "held_out_before": before,
-        "held_out_after": best["loss"],
-        "held_out": curve,
+        "held_out_before": watch.losses[0],
+        "held_out_after": watch.best,
+        "held_out": watch.losses,
         "stopped_early": stopped,
-        "seconds": time.perf_counter() - began,
+        "seconds": watch.seconds,
     }
 
 
@@ -192,23 +234,42 @@ def _mean_loss(loss: Any, model: nn.Module, data: Data, stage: Stage) -> float:
     return total / number
 
 
-def _keep(model: nn.Module, place: Path, records: list[dict[str, Any]], stages: Sequence[Stage]) -> None:
+def _identity(
+    conversion: Conversion | None, data: Data, stages: Sequence[Stage], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a recovery is of, as plain data."""
+    identity = {
+        "source": None if conversion is None else conversion.source_sha256,
+        "design": None if conversion is None else conversion.plan["design"],
+        "data": data.provenance.get("sha256"),
+        "stages": {str(number): dataclasses.asdict(stage) for number, stage in enumerate(stages)},
+        **settings,
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+
+
+def _keep(model: nn.Module, place: Path, records: list[dict[str, Any]], identity: dict[str, Any]) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
     weights = place / f"{len(records)}.safetensors"
-    save_file(tensors, str(weights) + ".partial")
+    save_file(_tensors(model), str(weights) + ".partial")
     Path(str(weights) + ".partial").replace(weights)
-    partial = place / "state.json.partial"
-    written = {"records": records, "stages": [dataclasses.asdict(s) for s in stages], "weights": weights.name}
-    partial.write_text(json.dumps(written, default=str))
-    partial.replace(place / "state.json")
+    written = {"records": records, "identity": identity, "weights": weights.name}
+    write_atomically(place / "state.json", json.dumps(written, default=str))
 
 
-def _resume(model: nn.Module, place: Path | None, stages: Sequence[Stage]) -> tuple[list[dict[str, Any]], int]:
+def _resume(model: nn.Module, place: Path | None, identity: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
     if place is None or not (place / "state.json").is_file():
         return [], 0
     stored = json.loads((place / "state.json").read_text())
-    if stored["stages"] != [dataclasses.asdict(s) for s in stages]:
-        raise ValueError(f"{place} holds a recovery with other stages; give another directory or delete it.")
+    if changed := difference(stored["identity"], identity):
+        name, theirs, mine = changed
+        raise ValueError(
+            f"{place} is of a recovery with {name} {theirs} and this one has {name} {mine}; give the same, or remove "
+            "it to begin again."
+        )
     model.load_state_dict(load_file(place / stored["weights"]))
     return stored["records"], len(stored["records"])

@@ -143,7 +143,7 @@ class Checkpoints:
             ValueError: the checkpoint is of another run; the fields that differ are named.
         """
         state = json.loads((path / STATE).read_text())
-        if changed := _difference(state["identity"], self.identity):
+        if changed := difference(state["identity"], self.identity):
             name, theirs, mine = changed
             raise ValueError(
                 f"{path} is of a run with {name} {theirs} and this one has {name} {mine}; "
@@ -229,12 +229,12 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _difference(theirs: Any, mine: Any, name: str = "") -> tuple[str, Any, Any] | None:
+def difference(theirs: Any, mine: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """The first field that differs: its name, their value, mine."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in (*theirs, *(k for k in mine if k not in theirs)):
             inside = f"{name}.{key}" if name else key
-            if found := _difference(theirs.get(key), mine.get(key), inside):
+            if found := difference(theirs.get(key), mine.get(key), inside):
                 return found
         return None
     return None if theirs == mine else (name, theirs, mine)
