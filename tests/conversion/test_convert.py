@@ -12,6 +12,7 @@ from torch import nn
 
 import formix
 from formix.conversion import plan, restore
+from formix.conversion.carry import as_teacher
 from formix.models.llama import RMSNorm
 
 DESIGNS = ("sima", "activator", "parallel", "relu+paf+skip", "relu(gate=sigmoid)")
@@ -118,6 +119,31 @@ def test_layers_and_keep_choose_the_same_hybrid() -> None:
     assert [layer.source for layer in wired.bert.encoder.layers] == [None, None, 1]
 
 
+def test_layers_that_stay_are_the_sources_own() -> None:
+    source = formix.convert(make("bert"), "relu+skip")
+    some = formix.convert(source, "paf", layers="1")
+    chosen, depth = formix.design(some.config.design), 3
+    kept = [chosen.layer(i, depth) for i in (0, 2)]
+    was = [formix.design(source.config.design).layer(i, depth) for i in (0, 2)]
+    assert [(k.mixer, k.layout, k.source) for k in kept] == [(w.mixer, w.layout, w.source) for w in was]
+    assert chosen.layer(1, depth).mixer.kind == "softmax"
+    assert [change.layer for change in plan(source, "paf", layers="1").layers] == [1]
+    same = formix.convert(formix.convert(make("bert"), "relu"), "relu", layers="1")
+    torch.testing.assert_close(
+        run(same, inputs(same)), run(formix.convert(make("bert"), "relu"), inputs(same)), rtol=0, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "xcit"])
+def test_a_teacher_is_the_source(name: str) -> None:
+    source = make(name)
+    given = inputs(source)
+    torch.testing.assert_close(run(as_teacher(source), given), run(source, given), rtol=0, atol=1e-10)
+    own = formix.convert(source, "relu")
+    torch.testing.assert_close(run(as_teacher(own), given), run(own, given), rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in source.parameters())
+
+
 def _quantised() -> nn.Module:
     model = make("bert").float()
     model.config.quantization_config = {"bits": 4}
@@ -138,6 +164,8 @@ def _quantised() -> nn.Module:
         (lambda: make("bert"), "relu", {"layers": "7"}, "layers 0 to 2"),
         (lambda: make("bert"), "relu", {"keep": "relu:0"}, "softmax:NUMBERS"),
         (lambda: make("bert"), "relu", {"keep": "softmax:0-2"}, "no layer to convert"),
+        (lambda: formix.convert(make("bert"), "relu"), "paf", {"keep": "softmax:0"}, "in layer 0 is pointwise"),
+        (lambda: make("xcit"), "sima", {"layers": "0"}, "cross-covariance"),
         (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head"),
     ],
 )

@@ -15,6 +15,7 @@ from sources import GPT2, TEXT, inputs, make, run
 import formix
 from formix.commands.convert import _config
 from formix.conversion.calibrate import calibrate
+from formix.conversion.carry import as_teacher
 from formix.conversion.objectives import Distillation
 from formix.conversion.pipeline import Recovery, load_recovery_data, parse_stages
 from formix.conversion.recover import Stage, recover
@@ -57,7 +58,7 @@ def test_batches_of_sentences_waste_little_and_lose_none() -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3", "vit", "xcit"])
 def test_calibration_solves_the_least_squares_of_the_heads(name: str) -> None:
     source = make(name)
-    teacher = formix.convert(source, "softmax")
+    teacher = as_teacher(source)
     model = formix.convert(source, "relu")
     batch = inputs(source)
     before = [weight_in_out(layer.out).clone() for layer in layers(model)]

@@ -112,7 +112,7 @@ def _searched(source: Any, config: ConvertConfig) -> str:
 
     from torch.utils.data import DataLoader
 
-    from formix.conversion.carry import convert_model
+    from formix.conversion.carry import as_teacher
     from formix.conversion.pipeline import load_recovery_data
     from formix.conversion.search import search
     from formix.data import collate
@@ -120,7 +120,7 @@ def _searched(source: Any, config: ConvertConfig) -> str:
     if config.recover is None or config.layers is not None or config.keep is not None:
         raise ValueError("--search needs --recover=DATA, and chooses the layers itself: leave out --layers and --keep.")
     recovery, place = _recovery(config)
-    data, batch_size = load_recovery_data(convert_model(source, "softmax"), recovery, place)
+    data, batch_size = load_recovery_data(as_teacher(source), recovery, place)
     loader = DataLoader(data.train, batch_size=batch_size, collate_fn=collate, shuffle=True)
     found = search(
         source,

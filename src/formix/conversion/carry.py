@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,6 +59,12 @@ def _carried(model: nn.Module, design: str | Design, layers: Sequence[int] | str
     return source, target, plan, state, before
 
 
+def as_teacher(model: nn.Module) -> Any:
+    """The source's own function as a model that `Distillation` can read: of formix's, or timm's XCiT as it is."""
+    readable = open_source(model).design is None or type(model).__module__.startswith("formix.")
+    return copy.deepcopy(model).eval() if readable else convert_model(model, "softmax")
+
+
 def restore(model: nn.Module) -> Any:
     """The source's own class with the weights of a converted model, bit for bit where nothing was trained.
 
@@ -81,7 +88,7 @@ def choose(source: Source, design: str | Design, layers: Any = None, keep: str |
     Raises:
         ValueError: a design that the source cannot have.
     """
-    chosen = choose_layers(design, source.depth, layers=layers, keep=keep)
+    chosen = choose_layers(design, source.depth, source.design, layers=layers, keep=keep)
     refusal = chosen.causal_refusal(source.depth) if source.causal else None
     if refusal:
         raise ValueError(refusal)
@@ -119,7 +126,7 @@ def carry_over(
     dropped = shapes({k: v for k, v in state.items() if k not in fits})
     dropped |= {k: list(v.shape) for k, v in _unplaced(source, model, before).items()}
     design = _design_of(target)
-    own_mixer = "cross-covariance" if source.family == "xcit" and before is None else "softmax"
+    own_mixer = "cross-covariance" if source.design is None else "softmax"
     plan = Plan(
         family=source.family,
         source=type(model).__name__,
@@ -267,6 +274,6 @@ def _count(plan: Plan, source: Source, model: Any, target: Any) -> None:
     before = None
     if own:
         before = count_flops(model, inputs)
-    elif source.family != "xcit":  # cross-covariance attention is none of formix's mixers
-        before = count_flops(source.build(Design()).to(next(target.parameters()).dtype), inputs)
+    elif source.design is not None:
+        before = count_flops(source.build(source.design).to(next(target.parameters()).dtype), inputs)
     plan.flops = (before, count_flops(target, inputs))

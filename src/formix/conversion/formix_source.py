@@ -8,6 +8,7 @@ from formix.conversion.record import Conversion
 from formix.conversion.source import Source
 from formix.conversion.weight_map import Move
 from formix.design import Design
+from formix.design import design as find_design
 
 
 def open_formix(model: Any) -> Source:
@@ -44,6 +45,7 @@ def open_formix(model: Any) -> Source:
             family="vit",
             depth=depth,
             causal=False,
+            design=model.design,
             build=lambda design: vit.create_vit(base, design, **pooled(arguments, design, depth)),
             **common,
         )
@@ -60,7 +62,9 @@ def open_formix(model: Any) -> Source:
                 "formix_xcit", **{**given, "design": dataclasses.replace(design, official=official)}
             )
 
-        return Source(family="xcit", depth=len(model.blocks), causal=False, build=build_xcit, **common)
+        return Source(
+            family="xcit", depth=len(model.blocks), causal=False, design=model.design, build=build_xcit, **common
+        )
     if isinstance(model, Designed):
         raise ValueError(
             f"{model.base!r} has blocks of its own, and formix converts timm's plain Block; its weights as they are go "
@@ -85,6 +89,7 @@ def open_formix(model: Any) -> Source:
         family=family,
         depth=config.num_hidden_layers,  # type: ignore[union-attr]
         causal=family in ("gpt2", "llama"),
+        design=find_design(config.design),  # type: ignore[union-attr]
         build=build,
         **common,
     )

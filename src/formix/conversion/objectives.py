@@ -26,7 +26,7 @@ RELATIONS = 10.0  # weight of the cosines between samples: their squares are sma
 
 
 class Distillation:
-    """A teacher and the losses that lead a student to it; both are models of formix's."""
+    """A teacher (`as_teacher`) and the losses that lead a student of formix's to it."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, data: Data | None, labelled: bool) -> None:
         self.teacher, self.data, self.labelled = teacher.eval().requires_grad_(False), data, labelled

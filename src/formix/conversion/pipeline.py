@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from formix.conversion.calibrate import calibrate
-from formix.conversion.carry import convert_model
+from formix.conversion.carry import as_teacher, convert_model
 from formix.conversion.objectives import Distillation
 from formix.conversion.recover import STAGES, Stage, recover
 from formix.conversion.sentences import load_sentences
@@ -157,7 +157,7 @@ def run(
         state: a directory for what a killed run needs to go on.
         metrics: measured of the source, and of the model after conversion, calibration and every stage.
     """
-    teacher = convert_model(source, "softmax")
+    teacher = as_teacher(source)
     model = convert_model(source, design, layers=layers, keep=keep)
     data, batch_size = load_recovery_data(model, recovery, place)
     measured = metrics or {}

@@ -84,7 +84,7 @@ def recover(
 
     Args:
         model: what `formix.convert` made.
-        teacher: the source as a model of formix's (`formix.convert(source, "softmax")`).
+        teacher: the source (`formix.conversion.carry.as_teacher`).
         data: its train split is learned from, without labels unless `labelled`; the held-out loss is of validation.
         state: a directory for what is needed to go on: finished stages and checkpoints of the one under way.
         settings: what else the outcome depends on; only a recovery with the same may go on from `state`.

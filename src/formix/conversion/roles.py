@@ -35,7 +35,7 @@ class Layer:
 
 
 def layers(model: nn.Module) -> list[Layer]:
-    """The layers of a model of formix's in order.
+    """The layers of a model of formix's, or of timm's XCiT, in order.
 
     Raises:
         ValueError: not a model whose layers have designs.
@@ -56,9 +56,10 @@ def _layer(name: str, block: Any) -> Layer | None:
             name, block, block.layer_design, attn, out, getattr(attn, "num_heads", 0),
             (block.norm1, block.norm2), () if fc1 is None else (fc1,), getattr(mlp, "fc2", None), "pre",
         )  # fmt: skip
-    if kind == "XCABlock" and hasattr(block.attn, "mixer"):
+    if kind == "XCABlock":
         attn = block.attn
-        design = LayerDesign(mixer=attn.mixer, layout=_SERIES, index=int(name.rsplit(".", 1)[1]))
+        own: Any = getattr(attn, "mixer", None)  # None: timm's, cross-covariance
+        design = LayerDesign(mixer=own, layout=_SERIES, index=int(name.rsplit(".", 1)[1]))
         return Layer(
             name, block, design, attn, attn.proj, attn.num_heads,
             (block.norm1, block.norm2), (block.mlp.fc1,), block.mlp.fc2, "pre",

@@ -16,7 +16,7 @@ from torch import nn
 
 from formix.benchmarks import interleaved_medians
 from formix.conversion.calibrate import calibrate
-from formix.conversion.carry import convert_model
+from formix.conversion.carry import as_teacher, convert_model
 from formix.conversion.objectives import Distillation
 from formix.conversion.taps import answer
 from formix.data import Batch
@@ -77,7 +77,7 @@ def search(
         raise ValueError(
             f"A search needs two batches or more, one to calibrate and one held out; it has {len(batches)}."
         )
-    teacher = convert_model(source, "softmax")
+    teacher = as_teacher(source)
     depth = len(Distillation(teacher, teacher, None, False).layers)
     if not 1 <= most <= depth:
         raise ValueError(f"The search is to convert {most} layers; the model has {depth}.")

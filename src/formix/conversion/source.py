@@ -25,6 +25,7 @@ class Source:
     family: str  # "bert", "vit", ...
     depth: int  # layers
     causal: bool  # a decoder
+    design: Design | None  # its own; None: its mixer is none of formix's
     build: Callable[[Design], Any]  # formix's model in a design, as its constructor initialises it
     rebuild: Callable[[], Any]  # the source's own class again, as its constructor initialises it
     description: dict[str, Any]  # plain data that says which class and configuration it was

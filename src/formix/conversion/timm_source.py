@@ -78,6 +78,7 @@ def _source(family: str, name: str, arguments: dict, model: Any, build: Any, mov
         family=family,
         depth=len(model.blocks),
         causal=False,
+        design=None if family == "xcit" else Design(),  # cross-covariance attention is no mixer of formix's
         build=build,
         rebuild=lambda: rebuild(description),
         description=description,
