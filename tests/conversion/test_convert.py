@@ -80,6 +80,32 @@ def test_a_directory_brings_its_source_back(name: str, tmp_path) -> None:
     assert {"torch", "timm", "transformers", "formix"} <= set(record["versions"])
 
 
+def test_a_record_goes_along_when_a_loaded_model_is_saved(tmp_path) -> None:
+    source = make("bert").float()
+    formix.save(formix.convert(source, "sima"), tmp_path / "first")
+    formix.save(formix.load(tmp_path / "first"), tmp_path / "second")
+    formix.save(formix.load(tmp_path / "second"), tmp_path / "second")
+    assert equal(restore(formix.load(tmp_path / "second")), source)
+    formix.save(formix.create_model("bert-tiny", "relu", vocab_size=60), tmp_path / "second")
+    assert sorted(p.name for p in (tmp_path / "second").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@torch.no_grad()
+def test_what_a_user_trained_stays_on_the_way_back(caplog) -> None:
+    source = make("gpt2")
+    model = formix.convert(source, "parallel")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    assert torch.equal(formix.convert(model, "softmax").state_dict()[name], source.state_dict()[name])
+    for parameter in model.parameters():
+        parameter.mul_(1.01)
+    trained = model.state_dict()[name]
+    assert torch.equal(formix.convert(model, "softmax").state_dict()[name], trained)
+    assert torch.equal(restore(model).state_dict()[name], trained)
+    assert "6 tensors were trained after something was folded into them" in caplog.text
+    again = formix.convert(model, "parallel")  # and nothing is folded twice
+    torch.testing.assert_close(run(again, inputs(source)), run(model, inputs(source)), rtol=0, atol=1e-10)
+
+
 def test_the_plan_lists_all_that_happens() -> None:
     source = make("gpt2")
     made = plan(source, "relu+parallel", keep="softmax:0")

@@ -56,6 +56,7 @@ def calibrate(model: nn.Module, teacher: nn.Module, batches: Iterable[Batch], *,
             gains = torch.tensor(row["gains"]).repeat_interleave(fit.width)
             weight_in_out(fit.layer.out).mul_(gains.to(weight)[:, None])
         if conversion is not None:
+            conversion.note_folded(model)
             model.conversion = conversion  # type: ignore[assignment]
             conversion.stages.append({"stage": "calibrate", "trained": False, "layers": rows})
     return {"stage": "calibrate", "trained": False, "layers": rows}

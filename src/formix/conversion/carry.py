@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from formix.conversion.source import Source, like, open_source
 from formix.conversion.weight_map import forward
 from formix.design import Design
 
+_log = logging.getLogger("formix")
 TOKENS = 128  # of the sequence on which a text model's operations are counted
 SIGMOID_BIAS, SILU_BIAS = 4.0, 1.2784645  # silu(1.2784645) = 1
 GATE_BIASES = {"identity": 1.0, "silu": SILU_BIAS, "sigmoid": SIGMOID_BIAS}
@@ -105,10 +107,17 @@ def source_state(source: Source, model: nn.Module) -> tuple[dict[str, Tensor], C
 
 def _whole(model: nn.Module, conversion: Conversion) -> dict[str, Tensor]:
     """A converted model's tensors and those kept aside; originals of folded ones, unless training has changed them."""
-    state = dict(model.state_dict())
+    state, trained = dict(model.state_dict()), conversion.trained_since(model)
+    if lost := sorted(trained & conversion.aside.keys()):
+        _log.warning(
+            "%d tensors were trained after something was folded into them (%s, ...); they stay as they are, and the "
+            "source's own are not restored.",
+            len(lost),
+            ", ".join(lost[:3]),
+        )
     like_model = next(iter(state.values()))
     for name, tensor in conversion.aside.items():
-        if name not in state or not conversion.trained:
+        if name not in trained:
             state[name] = tensor.to(like_model.device)
     return state
 
@@ -122,7 +131,7 @@ def carry_over(
     new = [name for name in own if name not in fits]
     target.load_state_dict(fits, strict=False)
     rules = _start(target, new)
-    folded = _fold_norms(target, state)
+    folded = _fold_norms(target, state, set() if before is None else before.trained_since(model))
     dropped = shapes({k: v for k, v in state.items() if k not in fits})
     dropped |= {k: list(v.shape) for k, v in _unplaced(source, model, before).items()}
     design = _design_of(target)
@@ -153,7 +162,7 @@ def _record(
     placed = set(plan.kept)
     aside = {k: v.detach().clone() for k, v in state.items() if k not in placed}
     if before is not None:
-        return Conversion(
+        conversion = Conversion(
             source=before.source,
             source_sha256=before.source_sha256,
             moves=before.moves,
@@ -163,14 +172,17 @@ def _record(
             stages=[*before.stages],
             data=[*before.data],
         )
-    return Conversion(
-        source=source.description,
-        source_sha256=sha256(model.state_dict()),
-        moves=source.moves,
-        plan=plan.to_dict(),
-        aside=aside,
-        unplaced={k: v.detach().clone() for k, v in _unplaced(source, model, None).items()},
-    )
+    else:
+        conversion = Conversion(
+            source=source.description,
+            source_sha256=sha256(model.state_dict()),
+            moves=source.moves,
+            plan=plan.to_dict(),
+            aside=aside,
+            unplaced={k: v.detach().clone() for k, v in _unplaced(source, model, None).items()},
+        )
+    conversion.note_folded(target)
+    return conversion
 
 
 def _unplaced(source: Source, model: nn.Module, before: Conversion | None) -> dict[str, Tensor]:
@@ -218,13 +230,14 @@ def _start(target: nn.Module, new: Sequence[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _fold_norms(target: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+def _fold_norms(target: nn.Module, state: Mapping[str, Tensor], done: set[str]) -> dict[str, str]:
     """Parallel pre-norm layers of pre-norm families read the first norm where their FFN read the second: fold the
     difference of the two norms' weights into the FFN's first layer,
 
         W (g2 n + b2) + b = W (g2 / g1) (g1 n + b1) + b + W (b2 - (g2 / g1) b1)
 
-    so that the FFN sees what the source's second norm would make of the layer's input.
+    so that the FFN sees what the source's second norm would make of the layer's input. Tensors in `done` were folded
+    by an earlier conversion and trained since.
     """
     folded: dict[str, str] = {}
     names = {id(p): n for n, p in target.named_parameters()}
@@ -243,6 +256,8 @@ def _fold_norms(target: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str
         floor = 1e-6 * g1.abs().max().clamp(min=math.ulp(0.0))
         ratio = torch.where(g1.abs() > floor, g2 / torch.where(g1.abs() > floor, g1, 1), torch.zeros_like(g1))
         for linear in layer.ffn_in:
+            if names[id(linear.weight)] in done:
+                continue
             weight = weight_in_out(linear)  # [C, F]
             if getattr(first, "bias", None) is not None and f"{gone}bias" in state:
                 shift = state[f"{gone}bias"].to(g1) - ratio * first.bias

@@ -36,6 +36,7 @@ class Conversion:
     plan: dict[str, Any]
     aside: dict[str, Tensor] = field(default_factory=dict)
     unplaced: dict[str, Tensor] = field(default_factory=dict)
+    folded: dict[str, str] = field(default_factory=dict)  # tensors that something was folded into -> SHA-256 then
     stages: list[dict[str, Any]] = field(default_factory=list)  # calibration and recovery, in order
     data: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -55,10 +56,15 @@ class Conversion:
             return None
         return Conversion.read(Path(directory))
 
-    @property
-    def trained(self) -> bool:
-        """Whether the weights are the source's no more."""
-        return any(stage.get("trained") for stage in self.stages)
+    def note_folded(self, model: nn.Module) -> None:
+        """Remember the tensors of a model that something was folded into, as they are now."""
+        state = model.state_dict()
+        self.folded = {name: sha256({name: state[name]}) for name in self.plan["folded"]}
+
+    def trained_since(self, model: nn.Module) -> set[str]:
+        """The tensors that something was folded into and that have changed since, in whoever's training."""
+        state = model.state_dict()
+        return {name for name, digest in self.folded.items() if sha256({name: state[name]}) != digest}
 
     def rebuild(self) -> Any:
         """The source's own class, as its constructor initialises it."""
@@ -78,6 +84,7 @@ class Conversion:
             "source": _plain(self.source),
             "source_sha256": self.source_sha256,
             "plan": self.plan,
+            "folded": self.folded,
             "stages": self.stages,
             "data": self.data,
             "metrics": self.metrics,
