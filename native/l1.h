@@ -28,28 +28,38 @@ template <class T> struct L1Task {  // one (batch, head)
   const int D, Dv, Dp, Dvp;  // ..p: padded to vectors
   Padding keys, queries;
   // Sums over tokens, of one part of them or all.
-  float *M, *G, *q_norm, *k_norm;  // [D][Dvp], [D][Dvp], [Dp], [Dp]
-  // What follows from them.
-  float *scaled, *u, *w;                // [max(D, Dv)][max(Dp, Dvp)], [Dp], [Dp]
-  unit *CM, *CG, *MtC, *GtC;            // [units of D][Dvp] twice, [units of Dv][Dp] twice
-  unit *left, *right;                   // [TOKENS][LDA] each: a piece of two inputs
-  float *rows, *values;                 // [TOKENS][LDA] each: a piece of the output, and of an input in floats
-  unit *turned;                         // with tiles: `left` transposed, [Dp or Dvp][LDA]
+  float *q_norm, *k_norm, *M, *G;  // [Dp], [Dp], [D][Dvp], [D][Dvp]
+  // Products: what follows from them.
+  unit *CM, *CG, *MtC, *GtC;  // [units of D][Dvp] twice, [units of Dv][Dp] twice
+  float *u, *w;               // [Dp], [Dp]
+  // Working memory.
+  unit *left, *right;    // [TOKENS][LDA] each: a piece of two inputs
+  float *rows, *values;  // [TOKENS][LDA] each: a piece of the output, and of an input in floats
+  float *scaled;         // [max(D, Dv)][max(Dp, Dvp)]
+  unit *turned;          // with tiles: `left` transposed, [Dp or Dvp][LDA]
 
-  static long sums_size(const FormixL1 &p) { return 2 * (p.D * round_up(p.Dv, W) + round_up(p.D, W)); }
+  // What the forward does not need comes last.
+  static long sums_size(const FormixL1 &p, bool backward) {
+    const long matrix = p.D * round_up(p.Dv, W);
+    return round_up((backward ? 2 : 1) * matrix + 2 * round_up(p.D, W), 16);
+  }
+  static long products_size(const FormixL1 &p, bool backward) {
+    const long Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
+    return round_up(backward ? 2 * p.D * Dvp + 2 * p.Dv * Dp + 2 * Dp : p.D * Dvp, 16);
+  }
   static long memory_size(const FormixL1 &p) {
     const long Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
-    return Dp * Dvp + 2 * Dp + 2 * p.D * Dvp + 2 * p.Dv * Dp + 4L * TOKENS * LDA +
-           (T::tiles ? greatest(Dp, Dvp) * LDA : 0);
+    return Dp * Dvp + 4L * TOKENS * LDA + (T::tiles ? greatest(Dp, Dvp) * LDA : 0);
   }
-  L1Task(const FormixL1 &p, long b, long h, float *sums, float *memory)
+  L1Task(const FormixL1 &p, long b, long h, float *sums, float *products, float *memory)
       : p(p), b(b), h(h), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {
     if (p.mask.data) keys = {p.mask.data + b * p.mask.batch, p.mask.key};
     if (p.mask_queries) queries = keys;
-    M = sums, G = M + D * Dvp, q_norm = G + D * Dvp, k_norm = q_norm + Dp;
+    q_norm = sums, k_norm = q_norm + Dp, M = k_norm + Dp, G = M + D * Dvp;
+    CM = (unit *)products, CG = CM + D * Dvp, MtC = CG + D * Dvp, GtC = MtC + Dv * Dp;
+    u = (float *)(GtC + Dv * Dp), w = u + Dp;
     left = (unit *)memory, right = left + TOKENS * LDA, rows = memory + 2 * TOKENS * LDA, values = rows + TOKENS * LDA;
-    scaled = values + TOKENS * LDA, u = scaled + Dp * Dvp, w = u + Dp;
-    CM = (unit *)(w + Dp), CG = CM + D * Dvp, MtC = CG + D * Dvp, GtC = MtC + Dv * Dp, turned = GtC + Dv * Dp;
+    scaled = values + TOKENS * LDA, turned = (unit *)(scaled + Dp * Dvp);
   }
 
   void read_rows(const FormixTensor &t, long first, int n, int channels, unit *to) const {
@@ -61,7 +71,7 @@ template <class T> struct L1Task {  // one (batch, head)
     pack_rows<T>(t, p.type, b, h, first, n, channels, to, LDA, padding);
   }
   Prefetch prefetch(const FormixTensor &t, long first, long end, int channels) const {
-    return {t, p.type, b, h, first, least((long)TOKENS, end - first), channels};
+    return {t, p.type, b, h, 1, first, least((long)TOKENS, end - first), channels};
   }
   void write(const FormixTensor &t, long first, int n, int channels, const Padding &padding) const {
     alignas(64) static const float zeros[256] = {};
@@ -87,10 +97,22 @@ template <class T> struct L1Task {  // one (batch, head)
       store(sums + d, load(sums + d) + (even + odd));
     }
   }
+  // The same of rows where they are.
+  void add_absolute(const FormixTensor &x, long first, int n, const Padding &padding, float *sums) const {
+    for (int d = 0; d < Dp; d += W) {
+      vf sum[2] = {};
+      for (int i = 0; i < n; i++)
+        if (!padding.masked(first + i)) sum[i & 1] += vabs(read_floats(row_of(x, p.type, b, h, first + i), p.type, D, d));
+      store(sums + d, load(sums + d) + (sum[0] + sum[1]));
+    }
+  }
   static constexpr int STEP = T::tiles ? 32 : MR;  // rows that a product takes at once
+  static long outer_steps(long channels, long columns) {
+    return (columns + NR - 1) / NR * ((channels + STEP - 1) / STEP);
+  }
   // C [left channels][right padded] += X^T Y over n tokens, X in `left`, Y in `right`; memory that is needed next is asked
   // for meanwhile
-  void add_outer(int channels, int columns, int n, float *c, Prefetch first, Prefetch second, Prefetch third) const {
+  void add_outer(int channels, int columns, int n, float *c, Ahead &ahead) const {
     const int units = (n + T::per_unit - 1) / T::per_unit, ldc = round_up(columns, W);
     if constexpr (T::tiles) transpose_units((const uint32_t *)left, LDA, units, round_up(channels, W), (uint32_t *)turned);
     for (int d = 0; d < columns; d += NR)
@@ -100,39 +122,39 @@ template <class T> struct L1Task {  // one (batch, head)
           gemm_panel<T, false, ADD>(m, columns - d, units, turned + i * LDA, 0, right + d, LDA, c + i * ldc + d, ldc);
         else
           gemm_panel<T, true, ADD>(m, columns - d, units, left + i, LDA, right + d, LDA, c + i * ldc + d, ldc);
-        first.some(TOKENS / 2 * STEP / MR), second.some(TOKENS / 2 * STEP / MR), third.some(TOKENS / 2 * STEP / MR);
+        ahead.some();
       }
   }
-  // rows[n][columns] = left[n][channels] B
-  void multiply(int n, int channels, const unit *B, int columns, Prefetch soon) const {
+  // to[n][ld] = left[n][channels] B, all the columns that B is padded to
+  void multiply(int n, int channels, const unit *B, int columns, float *to, long ld, Prefetch soon) const {
     const int units = (channels + T::per_unit - 1) / T::per_unit;
     for (int d = 0; d < columns; d += NR)
       for (int i = 0; i < n; i += STEP) {
         gemm_panel<T, false, SET>(least(STEP, n - i), columns - d, units, left + i * LDA, 0, B + d, round_up(columns, W),
-                                  rows + i * LDA + d, LDA);
+                                  to + i * ld + d, ld);
         soon.some(TOKENS * STEP / MR);
       }
   }
 
-  // The sums over query tokens q0 .. q1 and key tokens k0 .. k1.
-  void sum(long q0, long q1, long k0, long k1, bool backward) const {
-    memset(M, 0, sizeof(float) * sums_size(p));
+  // Adds query tokens q0 .. q1 and key tokens k0 .. k1 to the sums.
+  void sum(long q0, long q1, long k0, long k1, bool backward, Ahead &ahead) const {
     for (long i = k0; i < k1; i += TOKENS) {
       const int n = least((long)TOKENS, k1 - i);
       read_columns(p.k, i, n, D, keys, left);
       read_columns(p.v, i, n, Dv, keys, right);
       add_absolute(left, n, Dp, k_norm);
-      add_outer(D, Dv, n, M, prefetch(p.k, i + TOKENS, k1, D), prefetch(p.v, i + TOKENS, k1, Dv),
-                prefetch(p.q, q0 + i - k0, q1, D));
+      add_outer(D, Dv, n, M, ahead);
     }
     for (long i = q0; i < q1; i += TOKENS) {
       const int n = least((long)TOKENS, q1 - i);
+      if (!backward) {
+        add_absolute(p.q, i, n, queries, q_norm);
+        continue;
+      }
       read_columns(p.q, i, n, D, queries, left);
       add_absolute(left, n, Dp, q_norm);
-      if (!backward) continue;
       read_columns(p.grad_out, i, n, Dv, queries, right);
-      add_outer(D, Dv, n, G, prefetch(p.q, i + TOKENS, q1, D), prefetch(p.grad_out, i + TOKENS, q1, Dv),
-                prefetch(p.q, q1, q1, D));
+      add_outer(D, Dv, n, G, ahead);
     }
   }
 
@@ -183,7 +205,11 @@ template <class T> struct L1Task {  // one (batch, head)
     for (long i = q0; i < q1; i += TOKENS) {
       const int n = least((long)TOKENS, q1 - i);
       read_rows(p.q, i, n, D, left);
-      multiply(n, D, CM, Dv, prefetch(p.out, i, q1, Dv));
+      if (p.type == FORMIX_F32 && Dv % W == 0 && !queries.tokens) {  // straight to where it belongs
+        multiply(n, D, CM, Dv, (float *)row_of(p.out, p.type, b, h, i), p.out.token, prefetch(p.out, i, q1, Dv));
+        continue;
+      }
+      multiply(n, D, CM, Dv, rows, LDA, prefetch(p.out, i, q1, Dv));
       write(p.out, i, n, Dv, queries);
     }
   }
@@ -191,84 +217,133 @@ template <class T> struct L1Task {  // one (batch, head)
     for (long i = q0; i < q1; i += TOKENS) {
       const int n = least((long)TOKENS, q1 - i);
       read_rows(p.grad_out, i, n, Dv, left);
-      multiply(n, Dv, MtC, D, prefetch(p.grad_q, i, q1, D));
+      multiply(n, Dv, MtC, D, rows, LDA, prefetch(p.grad_q, i, q1, D));
       add_sign(p.q, i, n, u);
       write(p.grad_q, i, n, D, queries);
     }
     for (long i = k0; i < k1; i += TOKENS) {
       const int n = least((long)TOKENS, k1 - i);
       read_rows(p.k, i, n, D, left);
-      multiply(n, D, CG, Dv, prefetch(p.grad_v, i, k1, Dv));
+      multiply(n, D, CG, Dv, rows, LDA, prefetch(p.grad_v, i, k1, Dv));
       write(p.grad_v, i, n, Dv, keys);
       read_rows(p.v, i, n, Dv, left);
-      multiply(n, Dv, GtC, D, prefetch(p.grad_k, i, k1, D));
+      multiply(n, Dv, GtC, D, rows, LDA, prefetch(p.grad_k, i, k1, D));
       add_sign(p.k, i, n, w);
       write(p.grad_k, i, n, D, keys);
     }
   }
 };
 
-// Tokens first .. of part i of `parts`, whole pieces.
-static INLINE long token_of(long tokens, long part, long parts) {
-  const long pieces = (tokens + TOKENS - 1) / TOKENS;
-  return least(tokens, pieces * part / parts * TOKENS);
-}
+// What a thread does at a time: heads h0 .. h1 of one batch entry, some of its tokens. In a packed projection the heads of a
+// token lie side by side, so the tokens are gone through in chunks that stay in L2, all heads of a chunk one after another.
+template <class T> struct L1Work {
+  const FormixL1 &p;
+  const bool backward;
+  const long b, h0, h1, q0, q1, k0, k1, chunk;
+  long next_b = -1;  // the batch entry that this thread goes on with; -1: none
+  float *sums, *products, *memory;  // of every head; of every head; of the one at work
+
+  static constexpr long CHUNK_BYTES = 150000;
+  L1Work(const FormixL1 &p, bool backward, long b, long h0, long h1, long part, long parts)
+      : p(p), backward(backward), b(b), h0(h0), h1(h1), q0(token_of(p.Nq, part, parts)), q1(token_of(p.Nq, part + 1, parts)),
+        k0(token_of(p.Nk, part, parts)), k1(token_of(p.Nk, part + 1, parts)), chunk(chunk_of(greatest(q1 - q0, k1 - k0))) {}
+
+  // Tokens first .. of part i of `parts`, whole pieces.
+  static long token_of(long tokens, long part, long parts) {
+    const long pieces = (tokens + TOKENS - 1) / TOKENS;
+    return least(tokens, pieces * part / parts * TOKENS);
+  }
+  long chunk_of(long tokens) const {  // equal ones
+    const long bytes = (h1 - h0) * (2 * p.D + (backward ? 2 : 1) * p.Dv) * element_size(p.type);
+    const long chunks = (tokens * bytes + CHUNK_BYTES - 1) / CHUNK_BYTES, pieces = (tokens + TOKENS - 1) / TOKENS;
+    return greatest(1L, (pieces + chunks - 1) / greatest(1L, chunks)) * TOKENS;
+  }
+  long chunks() const { return (greatest(q1 - q0, k1 - k0) + chunk - 1) / chunk; }
+  static long at(long first, long last, long offset) { return least(last, first + offset); }
+
+  L1Task<T> task(long h) const {
+    return {p, b, h, sums + (h - h0) * L1Task<T>::sums_size(p, backward),
+            products + (h - h0) * L1Task<T>::products_size(p, backward), memory};
+  }
+  Ahead ahead(long offset) const {  // the chunk after the one at `offset`
+    Ahead rows;
+    const bool last_chunk = offset + chunk >= chunks() * chunk;
+    if (last_chunk && next_b < 0) return rows;
+    const long next = last_chunk ? 0 : offset + chunk, batch = last_chunk ? next_b : b;
+    auto add = [&](const FormixTensor &t, long first, long last, int channels) {
+      const long from = at(first, last, next), to = at(first, last, next + chunk);
+      rows.add({t, p.type, batch, h0, h1 - h0, from, to - from, channels});
+    };
+    add(p.k, k0, k1, p.D), add(p.v, k0, k1, p.Dv), add(p.q, q0, q1, p.D);
+    if (backward) add(p.grad_out, q0, q1, p.Dv);
+    rows.spread(chunk / TOKENS * (backward ? 2 : 1) * (h1 - h0) * L1Task<T>::outer_steps(p.D, p.Dv));
+    return rows;
+  }
+
+  void sum() const {
+    memset(sums, 0, sizeof(float) * (h1 - h0) * L1Task<T>::sums_size(p, backward));
+    for (long i = 0; i < chunks() * chunk; i += chunk) {
+      Ahead rows = ahead(i);
+      for (long h = h0; h < h1; h++)
+        task(h).sum(at(q0, q1, i), at(q0, q1, i + chunk), at(k0, k1, i), at(k0, k1, i + chunk), backward, rows);
+    }
+  }
+  void apply() const {
+    for (long h = h0; h < h1; h++) task(h).scale_sums(backward);
+    for (long i = 0; i < chunks() * chunk; i += chunk)
+      for (long h = h0; h < h1; h++) {
+        if (backward)
+          task(h).backward(at(q0, q1, i), at(q0, q1, i + chunk), at(k0, k1, i), at(k0, k1, i + chunk));
+        else
+          task(h).forward(at(q0, q1, i), at(q0, q1, i + chunk));
+      }
+  }
+};
 
 template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
-  const long pairs = p.B * p.H, longest = greatest(p.Nq, p.Nk);
-  const long parts = parts_for(pairs, p.threads, (longest + 4 * TOKENS - 1) / (4 * TOKENS), false);
-  const long sums_size = round_up(L1Task<T>::sums_size(p), 16), memory_size = L1Task<T>::memory_size(p);
-  auto run = [&](L1Task<T> &t, long part) {
-    const long q0 = token_of(p.Nq, part, parts), q1 = token_of(p.Nq, part + 1, parts);
-    if (BACKWARD)
-      t.backward(q0, q1, token_of(p.Nk, part, parts), token_of(p.Nk, part + 1, parts));
-    else
-      t.forward(q0, q1);
-  };
+  using Task = L1Task<T>;
+  // All heads of a batch entry together; short sequences that would leave threads idle by single heads.
+  const long longest = greatest(p.Nq, p.Nk), groups = p.B % p.threads && longest < 1024 ? p.H : 1, heads = p.H / groups;
+  const long parts = parts_for(p.B * groups, p.threads, (longest + 4 * TOKENS - 1) / (4 * TOKENS), false);
+  const long tasks = p.B * groups * parts, at_once = tasks_at_once(tasks, p.threads, longest, false);
+  const long sums_size = heads * Task::sums_size(p, BACKWARD), products_size = heads * Task::products_size(p, BACKWARD);
+  float *sums = nullptr;  // of all tasks, if the parts of a sequence have to be added up
+  if (parts > 1 && !(sums = (float *)malloc(4 * tasks * sums_size))) return 1;
   int failed = 0;
-  if (parts == 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(p.threads) reduction(| : failed)
-    for (long pair = 0; pair < pairs; pair++) {
-      auto *memory = (float *)formix::scratch(4 * (sums_size + memory_size));
-      if (!memory) { failed = 1; continue; }
-      typename T::session session;
-      (void)session;
-      L1Task<T> t(p, pair / p.H, pair % p.H, memory, memory + sums_size);
-      t.sum(0, p.Nq, 0, p.Nk, BACKWARD);
-      t.scale_sums(BACKWARD);
-      run(t, 0);
-    }
-    return failed;
-  }
-  auto *sums = (float *)malloc(4 * pairs * parts * sums_size);
-  if (!sums) return 1;
 #pragma omp parallel num_threads(p.threads) reduction(| : failed)
   {
     typename T::session session;
     (void)session;
-    auto *memory = (float *)formix::scratch(4 * memory_size);
+    auto *memory = (float *)formix::scratch(4 * (Task::memory_size(p) + products_size + sums_size));
     if (!memory) failed = 1;
-#pragma omp for schedule(dynamic, 1)
-    for (long task = 0; task < pairs * parts; task++) {
-      const long pair = task / parts, part = task % parts;
-      if (memory)
-        L1Task<T>(p, pair / p.H, pair % p.H, sums + task * sums_size, memory)
-            .sum(token_of(p.Nq, part, parts), token_of(p.Nq, part + 1, parts), token_of(p.Nk, part, parts),
-                 token_of(p.Nk, part + 1, parts), BACKWARD);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (long pair = 0; pair < pairs; pair++) {  // add the parts up in the first one
-      float *total = sums + pair * parts * sums_size;
-      for (long part = 1; part < parts; part++)
-        for (long i = 0; i < L1Task<T>::sums_size(p); i++) total[i] += total[part * sums_size + i];
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (long task = 0; task < pairs * parts; task++) {
-      const long pair = task / parts;
+    auto work_of = [&](long task) {
+      const long group = task / parts % groups;
+      L1Work<T> work(p, BACKWARD, task / (parts * groups), group * heads, (group + 1) * heads, task % parts, parts);
+      work.sums = sums ? sums + task * sums_size : memory;
+      work.products = memory + sums_size, work.memory = work.products + products_size;
+      return work;
+    };
+#pragma omp for schedule(dynamic, at_once)
+    for (long task = 0; task < tasks; task++) {
       if (!memory) continue;
-      L1Task<T> t(p, pair / p.H, pair % p.H, sums + pair * parts * sums_size, memory);
-      t.scale_sums(BACKWARD);
-      run(t, task % parts);
+      L1Work<T> work = work_of(task);
+      const long next = work.b + (at_once > 1 ? 1 : p.threads);  // as a rule
+      if (parts == 1 && groups == 1 && next < p.B) work.next_b = next;
+      work.sum();
+      if (parts == 1) work.apply();
+    }
+    if (parts > 1) {
+#pragma omp for schedule(dynamic, 1)
+      for (long first = 0; first < tasks; first += parts)  // add the parts up in the first one
+        for (long i = 0; i < sums_size; i++)
+          for (long part = 1; part < parts; part++) sums[first * sums_size + i] += sums[(first + part) * sums_size + i];
+#pragma omp for schedule(dynamic, 1)
+      for (long task = 0; task < tasks; task++) {
+        if (!memory) continue;
+        L1Work<T> work = work_of(task);
+        work.sums = sums + task / parts * parts * sums_size;
+        work.apply();
+      }
     }
   }
   free(sums);

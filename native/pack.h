@@ -30,15 +30,15 @@ static INLINE vf read_floats(const void *row, int64_t type, int n, int d) {
 static INLINE void read_row(const void *source, int64_t type, int n, int padded, float *to) {
   for (int d = 0; d < padded; d += W) store(to + d, read_floats(source, type, n, d));
 }
-static INLINE void write_row(void *target, int64_t type, int n, const float *from) {
+static INLINE void write_row(void *target, int64_t type, int n, const float *from, float factor = 1) {
   int i = 0;
   if (type == FORMIX_F32) {
     auto p = (float *)target;
-    for (; i + W <= n; i += W) store(p + i, load(from + i));
-    for (; i < n; i++) p[i] = from[i];
+    for (; i + W <= n; i += W) store(p + i, load(from + i) * factor);
+    for (; i < n; i++) p[i] = from[i] * factor;
   } else {
     auto p = (uint16_t *)target;
-    auto narrow = [&](vf x) { return type == FORMIX_BF16 ? to_bf16(x) : to_f16(x); };
+    auto narrow = [&](vf x) { return type == FORMIX_BF16 ? to_bf16(x * factor) : to_f16(x * factor); };
     for (; i + W <= n; i += W) *(vh_at *)(p + i) = narrow(load(from + i));
     if (i < n) {
       float rest[W] = {};
@@ -157,19 +157,39 @@ template <class T> static INLINE void pack_matrix(const float *from, int rows, i
   }
 }
 
-// Asks for the memory of tokens that will be read soon, a few cache lines at a time between blocks of arithmetic: their
-// rows lie pages apart, which no hardware prefetcher follows, and more requests at once than the core tracks stall it.
+// Asks for the memory of tokens that will be read soon, a few cache lines at a time between blocks of arithmetic: the rows
+// of a head lie pages apart, which no hardware prefetcher follows, and more requests at once than the core tracks stall it.
+// All heads of a token come before the next token.
 struct Prefetch {
-  const char *row;
-  long stride, lines, left;  // left: cache lines to go
-  long line = 0;
-  Prefetch(const FormixTensor &t, int64_t type, long b, long h, long first, long n, int channels)
-      : row(row_of(t, type, b, h, first)), stride(t.token * element_size(type)),
-        lines((channels * element_size(type) + 63) / 64), left(n > 0 ? n * lines : 0) {}
-  void some(long count) {
+  const char *row = nullptr;
+  long token = 0, head = 0, heads = 0, lines = 0, left = 0;  // strides in bytes; left: cache lines to go
+  long h = 0, line = 0;
+  Prefetch() = default;
+  Prefetch(const FormixTensor &t, int64_t type, long b, long first_head, long heads, long first, long n, int channels)
+      : row(row_of(t, type, b, first_head, first)), token(t.token * element_size(type)), head(t.head * element_size(type)),
+        heads(heads), lines((channels * element_size(type) + 63) / 64), left(n > 0 ? n * heads * lines : 0) {}
+  long some(long count) {  // how many of them were too many
     for (; count > 0 && left > 0; count--, left--) {
-      __builtin_prefetch(row + line * 64);
-      if (++line == lines) line = 0, row += stride;
+      __builtin_prefetch(row + h * head + line * 64, 0, 2);
+      if (++line < lines) continue;
+      line = 0;
+      if (++h == heads) h = 0, row += token;
     }
+    return count;
+  }
+};
+
+// Several of them one after another, in equal shares.
+struct Ahead {
+  Prefetch memory[4];
+  int count = 0, next = 0;
+  long share = 0;
+  void add(const Prefetch &more) { memory[count++] = more; }
+  void spread(long shares) {
+    for (int i = 0; i < count; i++) share += memory[i].left;
+    share = (share + shares - 1) / shares;
+  }
+  void some() {
+    for (long left = share; left > 0 && next < count; next += left > 0) left = memory[next].some(left);
   }
 };

@@ -41,10 +41,13 @@ template <class T> struct PointwiseForward {
   // product, whose store knows relu.
   const bool linear, relu_in_place;
   float after;  // the factor at the end, besides L^-a
+  const bool far;          // the inputs do not fit L2, so that they are asked for in time
+  long next_b = -1, next_g = 0;  // whose keys this thread packs next; -1: nobody's
   unit *K, *V, *Q;
   float *S;
   unit *P;  // the weights; floats stay where the scores were
   float *O, *factor, *bias;
+  Ahead rows_ahead, keys_ahead;
 
   static long blocks_of(const FormixPointwise &p) { return p.Hq / p.Hkv * ((p.Nq + ROWS - 1) / ROWS); }
 
@@ -55,7 +58,8 @@ template <class T> struct PointwiseForward {
         block_keys(greatest(1L, L2_BUDGET / ((units + (long)Dvp / T::per_unit) * 4 * KEYS)) * KEYS),
         one_block(p.Nk <= block_keys), keys_held(one_block ? round_up(p.Nk, NR) : block_keys),
         ld_v(T::tiles ? W : Dvp), linear(p.scale > 0 && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)),
-        relu_in_place(linear && p.activation == FORMIX_RELU && T::per_unit == 1), after(linear ? (float)p.scale : 1.0f) {}
+        relu_in_place(linear && p.activation == FORMIX_RELU && T::per_unit == 1), after(linear ? (float)p.scale : 1.0f),
+        far((p.Hq * p.Nq + p.Hkv * p.Nk) * p.B * (D + Dv) * element_size(p.type) > p.threads * L2_BYTES) {}
 
   // Lays out the working memory; with memory = null only measures it.
   long lay_out(float *memory) {
@@ -85,6 +89,10 @@ template <class T> struct PointwiseForward {
     for (long k0 = 0; k0 < p.Nk; k0 += block_keys) {
       const long k1 = least(p.Nk, k0 + block_keys);
       if (k0 < last_key) pack_keys(k0, k1 - k0);
+      if constexpr (T::tiles) {
+        keys_ahead = next_keys(k1);
+        keys_ahead.spread((last_block - first_block) * ((k1 - k0 + NR - 1) / NR));
+      }
       long seen_head = -1;
       Visibility see(p, b, head_of(first_block));
       for (long block = first_block; block < last_block; block++) {
@@ -92,12 +100,40 @@ template <class T> struct PointwiseForward {
         const int rows = least((long)ROWS, p.Nq - i0);
         if (h != seen_head) see = Visibility(p, b, h), seen_head = h;
         float *o = O + (one_block ? 0 : at * Dvp);
-        if (k0 == 0) memset(o, 0, sizeof(float) * ROWS * Dvp);
         const long end = least(k1, see.limit_of(i0 + rows - 1));
+        if (k0 == 0 && (!T::tiles || end == 0)) memset(o, 0, sizeof(float) * ROWS * Dvp);
+        if constexpr (T::tiles) {
+          rows_ahead = next_rows(block, k1 == p.Nk);
+          rows_ahead.spread((k1 - k0 + NR - 1) / NR);
+        }
         if (end > k0) accumulate(see, h, i0, rows, k0, end, bias + at, o);
         if (k1 == p.Nk) write(h, i0, rows, factor + at, o);
       }
     }
+  }
+
+  // The keys and values that are packed after those before k1.
+  Ahead next_keys(long k1) const {
+    Ahead memory;
+    const bool here = k1 < p.Nk;
+    if (!far || (!here && next_b < 0)) return memory;
+    const long b = here ? this->b : next_b, g = here ? this->g : next_g, from = here ? k1 : 0;
+    const long n = least(block_keys, p.Nk - from);
+    memory.add({p.k, p.type, b, g, 1, from, n, D});
+    memory.add({p.v, p.type, b, g, 1, from, n, Dv});
+    return memory;
+  }
+  // The queries of the block after this one, and the rows that this one may write.
+  Ahead next_rows(long block, bool writes) const {
+    Ahead memory;
+    if (!far) return memory;
+    auto add = [&](const FormixTensor &t, long block, int channels) {
+      const long i0 = block % blocks_per_head * ROWS;
+      memory.add({t, p.type, b, head_of(block), 1, i0, least((long)ROWS, p.Nq - i0), channels});
+    };
+    if (block + 1 < last_block) add(p.q, block + 1, D);
+    if (writes) add(p.out, block, Dv);
+    return memory;
   }
 
   void pack_keys(long k0, int n) const {
@@ -128,13 +164,14 @@ template <class T> struct PointwiseForward {
           const int n = least((long)TILE_KEYS, end - j0);
           const unit *k = K + (j0 - k0) * units;
           auto weigh = [&](auto is_plain, auto two) {
-            tile_weights<ACT, is_plain.value, two.value>(f, see, i0, rows, j0, n, units / TILE, Q, k, (float)p.scale, shift, P);
+            tile_weights<ACT, is_plain.value, two.value>(f, see, i0, rows, j0, n, units / TILE, Q, k, (float)p.scale, shift, P,
+                                                           [&] { rows_ahead.some(), keys_ahead.some(); });
           };
           auto by_height = [&](auto is_plain) {
             rows > TILE ? weigh(is_plain, Constant<1>{}) : weigh(is_plain, Constant<0>{});
           };
           plain ? by_height(Constant<1>{}) : by_height(Constant<0>{});
-          tile_output(rows, n, P, V + (j0 - k0) / 2 * ld_v, keys_held / 2, Dvp, o, Dvp);
+          tile_output(j0 == 0, rows, n, P, V + (j0 - k0) / 2 * ld_v, keys_held / 2, Dvp, o, Dvp);
         }
       });
       return;
@@ -199,10 +236,8 @@ template <class T> struct PointwiseForward {
   }
 
   void write(long h, long i0, int rows, const float *f, float *o) const {
-    for (int r = 0; r < rows; r++, o += Dvp) {
-      for (int d = 0; d < Dvp; d += W) store(o + d, load(o + d) * (f[r] * after));
-      write_row((void *)row_of(p.out, p.type, b, h, i0 + r), p.type, Dv, o);
-    }
+    for (int r = 0; r < rows; r++, o += Dvp)
+      write_row((void *)row_of(p.out, p.type, b, h, i0 + r), p.type, Dv, o, f[r] * after);
   }
 };
 
@@ -214,6 +249,8 @@ template <class T> static int pointwise_forward(const FormixPointwise &p) {
   for (long task = 0; task < pairs * parts; task++) {
     const long part = parts - 1 - task % parts, pair = task / parts;  // causal: the longest part first
     PointwiseForward<T> forward(p, pair / p.Hkv, pair % p.Hkv, part, parts);
+    const long next = task + (at_once > 1 ? 1 : p.threads);  // as a rule
+    if (parts == 1 && next < pairs) forward.next_b = next / p.Hkv, forward.next_g = next % p.Hkv;
     auto *memory = (float *)formix::scratch(4 * forward.lay_out(nullptr));
     if (memory) forward.lay_out(memory), forward.run();
     failed |= !memory;

@@ -25,9 +25,11 @@ static INLINE void weigh_rows(const Bf16Activation<ACT> &h, const float *s, int 
 
 // Weights of `rows` <= PANEL queries from i0 on and n keys from j0 on, [PANEL][LDP]. Q is [PANEL][16 k_tiles] units, K panels
 // [n / 32][16 k_tiles][32]; both are padded with zeros. PLAIN: h takes raw scores. TWO tiles of rows, or one.
-template <int ACT, bool PLAIN, bool TWO>
+// `soon` is called once for a panel, to ask for memory.
+template <int ACT, bool PLAIN, bool TWO, class Soon>
 static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, long i0, int rows, long j0, int n,
-                         int k_tiles, const uint32_t *Q, const uint32_t *K, float scale, const float *bias, uint32_t *P) {
+                         int k_tiles, const uint32_t *Q, const uint32_t *K, float scale, const float *bias, uint32_t *P,
+                         const Soon &soon) {
   alignas(64) float panels[2][PANEL * PANEL];
   const long ldq = (long)k_tiles * TILE;
   constexpr int height = TWO ? PANEL : TILE;
@@ -47,6 +49,7 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
   };
   for (int j = 0; j < n; j += PANEL) {
     const uint32_t *q = Q, *k = K + j * ldq;
+    const bool wide = n - j > TILE;
     __asm__ volatile("" ::: "memory");  // the load intrinsics do not say that they read memory
     TILE_ZERO(0);
     TILE_ZERO(1);
@@ -61,15 +64,18 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
       TILE_LOAD(6, k, PANEL * 4);
       TILE_MULTIPLY(0, 4, 6);
       weigh_some();
-      TILE_LOAD(7, k + TILE, PANEL * 4);
-      TILE_MULTIPLY(1, 4, 7);
+      if (wide) {
+        TILE_LOAD(7, k + TILE, PANEL * 4);
+        TILE_MULTIPLY(1, 4, 7);
+      }
       weigh_some();
       if (TWO) {
         TILE_LOAD(5, q + TILE * ldq, ldq * 4);
         TILE_MULTIPLY(2, 5, 6);
-        TILE_MULTIPLY(3, 5, 7);
+        if (wide) TILE_MULTIPLY(3, 5, 7);
       }
     }
+    soon();
     while (weighed < height) weigh_some();
     if (j) hide(j - PANEL);
     float *s = panels[j / PANEL & 1];
@@ -94,18 +100,27 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
   }
 }
 
-// O [PANEL][ldo] += P V for n keys. V is [columns / 16][ldv / 16 tiles][16][16]: what a tile reads lies together.
-static void tile_output(int rows, int n, const uint32_t *P, const uint32_t *V, long ldv, int columns, float *o, long ldo) {
+// O [PANEL][ldo] = P V for n keys, added to what is there unless they are the `first`. V is
+// [columns / 16][ldv / 16 tiles][16][16]: what a tile reads lies together.
+static void tile_output(bool first, int rows, int n, const uint32_t *P, const uint32_t *V, long ldv, int columns, float *o,
+                        long ldo) {
   const bool two = rows > TILE;
   for (int d = 0; d < columns; d += PANEL, V += PANEL * ldv, o += PANEL) {
     const bool wide = d + TILE < columns;
     const uint32_t *p = P, *v = V, *v2 = V + TILE * ldv;
     float *o2 = o + TILE * ldo;
     __asm__ volatile("" ::: "memory");
-    TILE_LOAD(0, o, ldo * 4);
-    if (wide) TILE_LOAD(1, o + TILE, ldo * 4);
-    if (two) TILE_LOAD(2, o2, ldo * 4);
-    if (two && wide) TILE_LOAD(3, o2 + TILE, ldo * 4);
+    if (first) {
+      TILE_ZERO(0);
+      TILE_ZERO(1);
+      TILE_ZERO(2);
+      TILE_ZERO(3);
+    } else {
+      TILE_LOAD(0, o, ldo * 4);
+      if (wide) TILE_LOAD(1, o + TILE, ldo * 4);
+      if (two) TILE_LOAD(2, o2, ldo * 4);
+      if (two && wide) TILE_LOAD(3, o2 + TILE, ldo * 4);
+    }
     for (int j = 0; j < n; j += PANEL, p += TILE, v += TILE * TILE, v2 += TILE * TILE) {
       TILE_LOAD(4, p, LDP * 4);
       TILE_LOAD(6, v, TILE * 4);

@@ -86,6 +86,7 @@ CASES = {
     "odd_everything": ({"b": 1, "n": 61, "m": 67, "d": 7, "dv": 21}, dict),
     "head_size_256": ({"b": 1, "h": 1, "n": 33, "d": 256}, dict),
     "head_size_1": ({"d": 1}, dict),
+    "more_than_the_cache_holds": ({"b": 2, "h": 7, "n": 1030, "d": 64}, dict),
     "several_key_blocks": ({"b": 1, "h": 1, "n": 50, "m": 900, "d": 33}, dict),
     "causal": ({"n": 131}, lambda: {"is_causal": True}),
     "causal_tall": ({"n": 70, "m": 40}, lambda: {"is_causal": True}),
@@ -191,6 +192,8 @@ def test_nan_is_not_hidden(isa, activation):
         pytest.param({"b": 1, "h": 1, "n": 5, "d": 2}, id="five_tokens"),
         pytest.param({"n": 33, "m": 70, "d": 7, "dv": 19}, id="odd_cross"),
         pytest.param({"b": 1, "h": 1, "n": 1500, "d": 48}, id="one_long_head"),
+        pytest.param({"b": 3, "h": 3, "n": 1100, "m": 1300, "d": 24}, id="three_long_sequences"),
+        pytest.param({"b": 3, "h": 3, "n": 120, "d": 64}, id="three_short_sequences"),
         pytest.param({"b": 1, "h": 1, "n": 30, "d": 256}, id="head_size_256"),
     ],
 )
