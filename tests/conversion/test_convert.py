@@ -206,11 +206,34 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
 
     hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "vocab.txt").write_text("[PAD]\n")
+    (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
     assert main(["convert", str(tmp_path / "source"), "--design=paf", "--dry-run"]) == 0
     assert "series -> parallel, post-norm" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "source"), "--design=paf", f"--out={tmp_path / 'out'}"]) == 0
     model = hf.AutoModel.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "FormixBertModel"
     assert (tmp_path / "out" / "vocab.txt").is_file()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert main(["convert", str(tmp_path / "source"), "--design=paf"]) == 2
     assert "out is missing" in capsys.readouterr().err
+
+
+def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -> None:
+    from formix.cli import main
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(source)
+    before = (source / "config.json").read_text()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "paper.txt").write_text("mine")
+    for place, words in (("source", "is the source itself"), ("notes", "is no conversion of formix's")):
+        assert main(["convert", str(source), "--design=paf", f"--out={tmp_path / place}"]) == 2
+        assert words in capsys.readouterr().err
+    assert (source / "config.json").read_text() == before
+    for design, said in (("paf", False), ("paf", True), ("relu", False), ("relu", True)):
+        assert main(["convert", str(source), f"--design={design}", f"--out={out}"]) == 0
+        assert ("holds this conversion already" in capsys.readouterr().out) == said
+    assert json.loads((out / "conversion.json").read_text())["request"]["design"] == "relu"
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(source)  # other weights
+    assert main(["convert", str(source), "--design=relu", f"--out={out}"]) == 0
+    assert "already" not in capsys.readouterr().out

@@ -237,8 +237,11 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_the_command_recovers(kind: str, tmp_path) -> None:
+def test_the_command_recovers(kind: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     from formix.cli import main
+
+    def kill(*args: object, **kwargs: object) -> None:
+        raise KilledError
 
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the number {i} comes after {i - 1} . it is not {i + 1} at all ." for i in range(200)))
@@ -269,7 +272,18 @@ def test_the_command_recovers(kind: str, tmp_path) -> None:
     flags = [f"--recovery={json.dumps(recovery)}", f"--recover=text:{text}", f"--out={tmp_path / 'out'}"]
     flags += ["--search=2"] if encoder else []
     flags += [] if encoder else [f"--perplexity=text:{text}", f"--record={tmp_path / 'records'}"]
-    assert main(["convert", str(tmp_path / "source"), "--design=relu+parallel", *flags]) == 0
+    command = ["convert", str(tmp_path / "source"), "--design=relu+parallel", *flags]
+    if encoder:  # killed while it saves: nothing that was recovered is lost
+        with monkeypatch.context() as patch:
+            patch.setattr(formix, "save", kill)
+            with pytest.raises(KilledError):
+                main(command)
+        with monkeypatch.context() as patch:
+            patch.setattr("formix.conversion.search.search", kill)
+            patch.setattr("formix.conversion.recover.train", kill)
+            assert main(command) == 0
+    else:
+        assert main(command) == 0
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert [s["stage"] for s in record["stages"]] == ["calibrate", "match", "align"] + ([] if encoder else ["task"])
     assert record["data"][0]["sha256"]
@@ -335,4 +349,5 @@ def test_a_study_runs_all_its_designs(tmp_path) -> None:
     table = (tmp_path / "records" / "README.md").read_text()
     for design in ("relu", "paf", "sima", "relu+paf"):
         assert f"| minilm | {design} | sts_spearman |" in table
+        assert "request" not in json.loads(next((tmp_path / "records").glob("*.json")).read_text())
         assert (tmp_path / "out" / design / "conversion.json").is_file()

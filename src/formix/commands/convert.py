@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import shutil
+import json
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from formix.commands.arguments import parse
+from formix.commands.arguments import names, parse
 
-# what a transformers directory keeps beside the weights: how its inputs are made
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
-    "chat_template.jinja",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from formix.conversion.output import ConversionDirectory
+
+# of the configuration: where things are and how they are shown, which leaves the outcome as it is
+ELSEWHERE = ("source", "checkpoint", "task", "model_args", "out", "dry_run", "threads", "record")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,20 +48,22 @@ def convert(arguments: list[str]) -> int:
 
     from formix.conversion.carry import plan_conversion
     from formix.conversion.load import load_source
+    from formix.conversion.output import ConversionDirectory
 
     study, config = _config(arguments)
     if config.out is None and not config.dry_run:
         raise ValueError("out is missing; give --out=DIR, or --dry-run to see the plan.")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    designs = [name.strip() for name in re.split(r",(?![^(]*\))", config.design) if name.strip()]
+    designs = names(config.design, "design")
+    places = {name: Path(str(config.out)) / name if len(designs) > 1 else Path(str(config.out)) for name in designs}
+    outs = {} if config.dry_run else {name: ConversionDirectory(places[name], config.source) for name in designs}
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
     for design in designs:
         if config.dry_run:
             print(plan_conversion(source, design, layers=config.layers, keep=config.keep))
             continue
-        place = Path(str(config.out)) / design if len(designs) > 1 else Path(str(config.out))
-        _convert(source, dataclasses.replace(config, design=design, out=str(place)), study)
+        _convert(source, dataclasses.replace(config, design=design), study, outs[design])
     return 0
 
 
@@ -79,36 +79,57 @@ def _config(arguments: list[str]) -> tuple[str, ConvertConfig]:
     return Path(config.source).name, config
 
 
-def _convert(source: Any, config: ConvertConfig, study: str) -> None:
-    from formix import save
-    from formix.conversion.carry import convert_model
-    from formix.conversion.report import measure_speed, write_report
+def _convert(source: Any, config: ConvertConfig, study: str, out: ConversionDirectory) -> None:
+    from formix.conversion.report import measure_speed
     from formix.conversion.summary import write_record
 
-    options = {"layers": config.layers, "keep": config.keep}
-    if config.search is not None:
-        config = dataclasses.replace(config, layers=_searched(source, config))
-        options["layers"] = config.layers
-    if config.recover is None:
-        model = convert_model(source, config.design, **options)
+    request = _request(source, config)
+    conversion = out.finished(request)
+    if conversion is not None:
+        print(f"{out.path} holds this conversion already; remove it to convert again.")
     else:
-        model = _recovered(source, config, options)
-        model.conversion.speed = measure_speed(source, model)
-    save(model, str(config.out))
-    copy_companions(Path(config.source), Path(str(config.out)))
-    if config.recover is not None:
-        write_report(model.conversion.to_dict(), Path(str(config.out)) / "report.html")
+        model = _converted(source, config, out, request)
+        conversion = model.conversion
+        conversion.request = request
+        if config.recover is not None:
+            conversion.speed = measure_speed(source, model)
+        out.save(model)
+    out.complete(conversion)
     if config.record is not None:
-        write_record(model.conversion, Path(config.record), study, config.design)
-    print(f"{config.out}: {model.conversion.plan['formula']}")
-    for step, values in model.conversion.metrics.items():
+        write_record(conversion, Path(config.record), study, config.design)
+    print(f"{out.path}: {conversion.plan['formula']}")
+    for step, values in conversion.metrics.items():
         print(f"  {step:12}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
 
 
-def _searched(source: Any, config: ConvertConfig) -> str:
+def _request(source: Any, config: ConvertConfig) -> dict[str, Any]:
+    """What is to be made of which weights, as plain data."""
+    from formix.conversion.record import sha256
+
+    asked = {k: v for k, v in dataclasses.asdict(config).items() if k not in ELSEWHERE}
+    return json.loads(json.dumps({**asked, "weights": sha256(source.state_dict())}))
+
+
+def _converted(source: Any, config: ConvertConfig, out: ConversionDirectory, request: dict[str, Any]) -> Any:
+    from formix.commands.progress import stage_progress
+    from formix.conversion.carry import convert_model
+    from formix.conversion.pipeline import run
+
+    layers = config.layers if config.search is None else _searched(source, config, out, request)
+    if config.recover is None:
+        return convert_model(source, config.design, layers=layers, keep=config.keep)
+    recovery, place = _recovery(config)
+    metrics = _metrics(config)
+    with stage_progress() as show:
+        return run(
+            source, config.design, recovery, layers=layers, keep=config.keep, place=place, state=out.recovery,
+            metrics=metrics, on_progress=show,
+        )  # fmt: skip
+
+
+def _searched(source: Any, config: ConvertConfig, out: ConversionDirectory, request: dict[str, Any]) -> list[int]:
     """The layers that a search chose; its curve is printed and kept beside the model."""
     import itertools
-    import json
 
     from torch.utils.data import DataLoader
 
@@ -116,9 +137,12 @@ def _searched(source: Any, config: ConvertConfig) -> str:
     from formix.conversion.pipeline import load_recovery_data
     from formix.conversion.search import search
     from formix.data import collate
+    from formix.records import write_atomically
 
     if config.recover is None or config.layers is not None or config.keep is not None:
         raise ValueError("--search needs --recover=DATA, and chooses the layers itself: leave out --layers and --keep.")
+    if (before := out.found(request)) is not None:
+        return before
     recovery, place = _recovery(config)
     data, batch_size = load_recovery_data(as_teacher(source), recovery, place)
     loader = DataLoader(data.train, batch_size=batch_size, collate_fn=collate, shuffle=True)
@@ -134,10 +158,9 @@ def _searched(source: Any, config: ConvertConfig) -> str:
     print(found)
     if not found.chosen:
         raise ValueError(f"No layer can be converted within max_loss={config.max_loss:g}; allow more or recover first.")
-    out = Path(str(config.out))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "search.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
-    return ",".join(map(str, found.chosen))
+    out.path.mkdir(parents=True, exist_ok=True)
+    write_atomically(out.search, json.dumps({**found.to_dict(), "request": request}, indent=1) + "\n")
+    return found.chosen
 
 
 def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
@@ -164,25 +187,3 @@ def _metrics(config: ConvertConfig) -> dict[str, Any]:
         img_size=recovery.img_size,
         on_bad_sample=recovery.on_bad_sample,
     )
-
-
-def _recovered(source: Any, config: ConvertConfig, options: dict[str, Any]) -> Any:
-    from formix.commands.progress import stage_progress
-    from formix.conversion.pipeline import run
-
-    recovery, place = _recovery(config)
-    metrics = _metrics(config)
-    state = Path(str(config.out)) / "recovery"
-    with stage_progress() as show:
-        model = run(
-            source, config.design, recovery, **options, place=place, state=state, metrics=metrics, on_progress=show
-        )
-    shutil.rmtree(state, ignore_errors=True)
-    return model
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Take the tokenizer or the image processor along."""
-    for name in COMPANIONS:
-        if (source / name).is_file() and not (out / name).exists():
-            shutil.copyfile(source / name, out / name)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def run(
     design: str,
     recovery: Recovery,
     *,
-    layers: str | None = None,
+    layers: Sequence[int] | str | None = None,
     keep: str | None = None,
     place: str | Path | None = None,
     state: str | Path | None = None,

@@ -37,6 +37,7 @@ class Conversion:
     aside: dict[str, Tensor] = field(default_factory=dict)
     unplaced: dict[str, Tensor] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)  # tensors that something was folded into -> SHA-256 then
+    request: dict[str, Any] = field(default_factory=dict)  # what `formix convert` was asked for
     stages: list[dict[str, Any]] = field(default_factory=list)  # calibration and recovery, in order
     data: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Conversion:
         return {
             "source": _plain(self.source),
             "source_sha256": self.source_sha256,
+            "request": self.request,
             "plan": self.plan,
             "folded": self.folded,
             "stages": self.stages,

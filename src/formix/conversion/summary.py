@@ -16,9 +16,10 @@ HEAD = "| study | design | measure | source | converted | calibrated | recovered
 
 
 def write_record(conversion: Conversion, directory: Path, study: str, design: str) -> None:
-    """Keep a conversion's record, without its weight map, and make the directory's README.md anew."""
+    """Keep a record, without what only the model's own directory needs, and make the directory's README.md anew."""
     record = conversion.to_dict()
-    del record["mapping"]
+    for name in ("mapping", "folded", "request"):
+        del record[name]
     record["source"] = {k: v for k, v in record["source"].items() if k != "config"}
     record["plan"] = {k: v for k, v in record["plan"].items() if k != "kept"}
     record |= {"study": study, "design": design, "environment": plain(capture_environment())}

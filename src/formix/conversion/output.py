@@ -1,0 +1,68 @@
+"""Where a conversion goes: whose a directory is, what is finished in it, and what is put there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from formix.conversion.record import FILE, Conversion
+from formix.conversion.report import write_report
+
+SEARCH, RECOVERY = "search.json", "recovery"
+# what a transformers directory keeps beside the weights: how its inputs are made
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+
+
+class ConversionDirectory:
+    """The model with its record, report.html, search.json and, until it is saved, recovery/ with the state of a run.
+
+    Raises:
+        ValueError: the source's own directory, or one that holds something else.
+    """
+
+    def __init__(self, path: str | Path, source: str | Path) -> None:
+        self.path, self.source = Path(path), Path(source)
+        self.recovery, self.search = self.path / RECOVERY, self.path / SEARCH
+        if not self.path.exists():
+            return
+        if self.source.exists() and self.path.samefile(self.source):
+            raise ValueError(f"{self.path} is the source itself; choose another directory with --out.")
+        taken = not self.path.is_dir() or any(self.path.iterdir())
+        if taken and not any((self.path / name).exists() for name in (FILE, SEARCH, RECOVERY)):
+            raise ValueError(f"{self.path} exists and is no conversion of formix's; choose another with --out.")
+
+    def finished(self, request: dict[str, Any]) -> Conversion | None:
+        """The record of a finished conversion, if it is this one."""
+        if not (self.path / FILE).is_file():
+            return None
+        conversion = Conversion.read(self.path)
+        return conversion if conversion.request == request else None
+
+    def save(self, model: Any) -> None:
+        """Write the model, last its record, and only then remove what a killed run would go on from."""
+        from formix import save
+
+        (self.path / FILE).unlink(missing_ok=True)
+        save(model, self.path)
+        shutil.rmtree(self.recovery, ignore_errors=True)
+
+    def complete(self, conversion: Conversion) -> None:
+        """Add the tokenizer or image processor of the source, and the report of a recovery."""
+        for name in COMPANIONS:
+            if (self.source / name).is_file() and not (self.path / name).exists():
+                shutil.copyfile(self.source / name, self.path / name)
+        if conversion.speed:
+            write_report(conversion.to_dict(), self.path / "report.html")
+
+    def found(self, request: dict[str, Any]) -> list[int] | None:
+        """The layers that a search of the same conversion chose before it was killed."""
+        if not (self.recovery.is_dir() and self.search.is_file()):
+            return None
+        stored = json.loads(self.search.read_text())
+        return stored["chosen"] if stored["request"] == request else None
