@@ -214,8 +214,17 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
     assert type(model).__name__ == "FormixBertModel"
     assert (tmp_path / "out" / "vocab.txt").is_file()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
-    assert main(["convert", str(tmp_path / "source"), "--design=paf"]) == 2
-    assert "out is missing" in capsys.readouterr().err
+    for flags, words in (
+        ([], "out is missing"),
+        (["--max-loss=1"], "give --search=N too"),
+        (["--search=1"], "--search needs --recover"),
+        (['--recovery={"stages": "match:3s"}'], "recovery has 'stages' but there is no recovery"),
+        (["--out=x", "--checkpoint=x.pth"], "directory of transformers', which takes no checkpoint"),
+        (["--out=x", '--model_args={"num_classes": 3}'], "takes no model_args"),
+        (["--out=x", "--sts=x.tsv", "--source=vit_tiny_patch16_224", "--task=BertModel"], "takes no task"),
+    ):
+        assert main(["convert", str(tmp_path / "source"), "--design=paf", *flags]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -> None:

@@ -213,6 +213,14 @@ def test_a_stage_without_improvement_ends_early() -> None:
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_labels_and_logits_that_nobody_has_are_refused() -> None:
+    teacher, model = pair("relu")
+    with pytest.raises(ValueError, match="stage task alone"):
+        recover(model, teacher, sentences(), STAGES, labelled=True)
+    with pytest.raises(ValueError, match="FormixBertModel has no logits"):
+        recover(model, teacher, sentences(), [Stage(name="task", epochs=1)])
+
+
 def test_stages_are_read_and_refused() -> None:
     assert parse_stages("match:240s:5e-4,align:2epochs") == [
         ("match", 240.0, "s", 5e-4),

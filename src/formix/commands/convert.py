@@ -13,6 +13,7 @@ from formix.commands.arguments import names, parse
 if TYPE_CHECKING:
     from formix.conversion.output import ConversionDirectory
 
+MEASURING = ("tokenizer", "sequence_length", "img_size", "on_bad_sample", "seed")  # of recovery, for metrics alone
 # of the configuration: where things are and how they are shown, which leaves the outcome as it is
 ELSEWHERE = ("source", "checkpoint", "task", "model_args", "out", "dry_run", "threads", "record")
 
@@ -31,7 +32,8 @@ class ConvertConfig:
     task: str | None = None  # transformers' class, such as BertForMaskedLM; None: the one that the config names
     model_args: dict[str, Any] = field(default_factory=dict)  # arguments for a timm name: {num_classes: 0}
     recover: str | None = None  # data for recovery by distillation, as glue:DIR/TASK+text:PATH or folder:PATH
-    recovery: dict[str, Any] = field(default_factory=dict)  # its settings: {stages: "match:240s,align:900s", ...}
+    # its settings: {stages: "match:240s,align:900s", ...}; with stages "" it is calibrated alone
+    recovery: dict[str, Any] = field(default_factory=dict)
     sts: str | None = None  # an STS-B file: Spearman correlation of mean-pooled sentence embeddings, at every step
     probe: str | None = None  # labelled images: accuracy of a linear probe on the features, at every step
     perplexity: str | None = None  # text:PATH for a decoder's perplexity, at every step
@@ -40,6 +42,18 @@ class ConvertConfig:
     max_loss: float | None = None  # of the search: the largest loss to the source, end to end
     max_milliseconds: float | None = None  # of the search: how long a forward pass on a batch may take
     record: str | None = None  # a directory for the records of studies and the table over them
+
+    def __post_init__(self) -> None:
+        if self.search is None and (self.max_loss is not None or self.max_milliseconds is not None):
+            raise ValueError("max_loss and max_milliseconds are budgets of a search; give --search=N too.")
+        if self.search is not None and (self.recover is None or self.layers is not None or self.keep is not None):
+            raise ValueError(
+                "--search needs --recover=DATA, and chooses the layers itself: leave out --layers and --keep."
+            )
+        if self.recover is None and (foreign := sorted(set(self.recovery) - set(MEASURING))):
+            raise ValueError(
+                f"recovery has {', '.join(map(repr, foreign))} but there is no recovery; give --recover=DATA too."
+            )
 
 
 def convert(arguments: list[str]) -> int:
@@ -111,15 +125,24 @@ def _request(source: Any, config: ConvertConfig) -> dict[str, Any]:
 
 
 def _converted(source: Any, config: ConvertConfig, out: ConversionDirectory, request: dict[str, Any]) -> Any:
+    import torch
+
     from formix.commands.progress import stage_progress
-    from formix.conversion.carry import convert_model
+    from formix.conversion.carry import as_teacher, convert_model
     from formix.conversion.pipeline import run
 
     layers = config.layers if config.search is None else _searched(source, config, out, request)
-    if config.recover is None:
-        return convert_model(source, config.design, layers=layers, keep=config.keep)
     recovery, place = _recovery(config)
     metrics = _metrics(config)
+    if config.recover is None:
+        torch.manual_seed(recovery.seed)
+        model = convert_model(source, config.design, layers=layers, keep=config.keep)
+        if metrics:
+            steps = {"source": as_teacher(source), "converted": model}
+            model.conversion.metrics = {
+                step: {name: metric(current) for name, metric in metrics.items()} for step, current in steps.items()
+            }
+        return model
     with stage_progress() as show:
         return run(
             source, config.design, recovery, layers=layers, keep=config.keep, place=place, state=out.recovery,
@@ -131,21 +154,19 @@ def _searched(source: Any, config: ConvertConfig, out: ConversionDirectory, requ
     """The layers that a search chose; its curve is printed and kept beside the model."""
     import itertools
 
-    from torch.utils.data import DataLoader
+    import torch
 
     from formix.conversion.carry import as_teacher
-    from formix.conversion.pipeline import load_recovery_data
+    from formix.conversion.pipeline import calibration_batches, load_recovery_data
     from formix.conversion.search import search
-    from formix.data import collate
     from formix.records import write_atomically
 
-    if config.recover is None or config.layers is not None or config.keep is not None:
-        raise ValueError("--search needs --recover=DATA, and chooses the layers itself: leave out --layers and --keep.")
     if (before := out.found(request)) is not None:
         return before
     recovery, place = _recovery(config)
     data, batch_size = load_recovery_data(as_teacher(source), recovery, place)
-    loader = DataLoader(data.train, batch_size=batch_size, collate_fn=collate, shuffle=True)
+    loader = calibration_batches(data, batch_size, recovery.seed)
+    torch.manual_seed(recovery.seed)
     found = search(
         source,
         config.design,
@@ -156,6 +177,11 @@ def _searched(source: Any, config: ConvertConfig, out: ConversionDirectory, requ
         metrics=_metrics(config),
     )
     print(found)
+    if not found.chosen and config.max_milliseconds is not None:
+        raise ValueError(
+            f"A forward pass of the source takes {found.curve[0].milliseconds:.2f} ms, so that no layer need be "
+            f"converted for max_milliseconds={config.max_milliseconds:g}; ask for less."
+        )
     if not found.chosen:
         raise ValueError(f"No layer can be converted within max_loss={config.max_loss:g}; allow more or recover first.")
     out.path.mkdir(parents=True, exist_ok=True)
@@ -171,7 +197,7 @@ def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
     if unknown := sorted(set(config.recovery) - known):
         raise ValueError(f"recovery has {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
     place = config.source if Path(config.source).is_dir() else None
-    return Recovery(data=str(config.recover), **config.recovery), place
+    return Recovery(data=config.recover or "", **config.recovery), place
 
 
 def _metrics(config: ConvertConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def load_source(
         **arguments: for timm's names: num_classes, img_size, ...
 
     Raises:
-        ValueError: no such model, or one that cannot be loaded, with the reason.
+        ValueError: no such model, one that cannot be loaded, with the reason, or arguments that it does not take.
     """
     path = Path(name)
     if (path / "config.json").is_file():
@@ -33,17 +33,28 @@ def load_source(
         if kind.startswith("formix_") or str(config.get("architecture", "")).startswith("formix_"):
             from formix.models import load
 
+            _refuse(name, "a directory of formix's", checkpoint=checkpoint, task=task, model_args=arguments)
             return load(path)
         if "model_type" in config:
+            _refuse(name, "a directory of transformers'", checkpoint=checkpoint, model_args=arguments)
             return _transformers(str(path), config, task)
+        _refuse(name, "a directory of timm's", checkpoint=checkpoint, task=task)
         return _timm(f"local-dir:{path}", None, arguments)
     if path.is_dir():
         raise ValueError(f"{str(name)!r} is no model directory: it has no config.json.")
     import timm
 
     if timm.is_model(str(name).partition(".")[0].removeprefix("hf-hub:timm/")):
+        _refuse(name, "a name of timm's", task=task)
         return _timm(str(name), checkpoint, arguments)
+    _refuse(name, "no directory and no name of timm's", checkpoint=checkpoint, model_args=arguments)
     return _transformers(str(name), None, task)
+
+
+def _refuse(name: str | Path, kind: str, **given: Any) -> None:
+    """Raise `ValueError` for arguments that such a source does not take."""
+    if unused := [what for what, value in given.items() if value]:
+        raise ValueError(f"{str(name)!r} is {kind}, which takes no {' and no '.join(unused)}; leave it out.")
 
 
 def _timm(name: str, checkpoint: str | Path | None, arguments: dict[str, Any]) -> Any:

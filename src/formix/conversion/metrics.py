@@ -20,8 +20,15 @@ def metrics_for(
     img_size: int | None = None,
     on_bad_sample: OnBadSample = "refuse",
 ) -> dict[str, Callable[[nn.Module], float]]:
-    """name -> measure of a model; those whose data were not named are left out."""
+    """name -> measure of a model; those whose data were not named are left out.
+
+    Raises:
+        ValueError: text to measure on without a tokenizer.
+    """
     from formix import evaluation
+
+    if tokenizer is None and (sts or perplexity):
+        raise ValueError("tokenizer is missing for sts and perplexity; name the directory of the model's own.")
 
     metrics: dict[str, Callable[[nn.Module], float]] = {}
     if sts is not None:

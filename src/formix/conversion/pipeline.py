@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from formix.conversion.calibrate import calibrate
 from formix.conversion.carry import as_teacher, convert_model
 from formix.conversion.objectives import Distillation
-from formix.conversion.recover import STAGES, Stage, recover
+from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.base import SPLITS
@@ -31,7 +32,7 @@ class Recovery:
     """How the accuracy of a converted model is won back."""
 
     data: str  # glue:DIR/TASK, text:PATH, folder:PATH, ...; sentences of several places joined by '+'
-    # name:budget[:learning rate] with commas; budgets end in s (seconds), steps or epochs
+    # name:budget[:learning rate] with commas; budgets end in s (seconds), steps or epochs; "": calibration alone
     stages: str = "match:240s:5e-4,align:900s:3e-4"
     calibration: int = 8  # batches from which a gain per head is fitted before; 0: none
     labelled: bool = False  # learn from the labels too, in the task stage
@@ -158,6 +159,7 @@ def run(
         metrics: measured of the source, and of the model after conversion, calibration and every stage.
     """
     teacher = as_teacher(source)
+    torch.manual_seed(recovery.seed)  # of weights that the source does not have
     model = convert_model(source, design, layers=layers, keep=keep)
     data, batch_size = load_recovery_data(model, recovery, place)
     measured = metrics or {}
@@ -165,6 +167,8 @@ def run(
     def measure(current: nn.Module) -> dict[str, float]:
         return {name: metric(current) for name, metric in measured.items()}
 
+    stages = _stages(recovery, math.ceil(len(data.train) / batch_size), batch_size)
+    refuse_stages(model, data, stages, recovery.labelled)
     conversion, distillation = model.conversion, Distillation(teacher, model, data, False)
 
     def match_error(step: str) -> None:
@@ -175,7 +179,7 @@ def run(
     match_error("converted")
     conversion.metrics = {"source": measure(teacher), "converted": measure(model)}
     if recovery.calibration:
-        batches = DataLoader(data.train, batch_size=batch_size, collate_fn=collate, shuffle=True)
+        batches = calibration_batches(data, batch_size, recovery.seed)
         calibrate(model, teacher, itertools.islice(batches, recovery.calibration))
         conversion.metrics["calibrated"] = measure(model)
         match_error("calibrated")
@@ -183,7 +187,7 @@ def run(
         model,
         teacher,
         data,
-        _stages(recovery, math.ceil(len(data.train) / batch_size), batch_size),
+        stages,
         labelled=recovery.labelled,
         state=state,
         settings={k: v for k, v in dataclasses.asdict(recovery).items() if k not in ("data", "tokenizer")},
@@ -191,11 +195,18 @@ def run(
         metric=measure if measured else None,
         on_progress=on_progress,
     )
-    match_error("recovered")
+    if stages:
+        match_error("recovered")
     for record in records:
         if record["trained"] and "metric" in record:
             conversion.metrics[record["stage"]] = record["metric"]
     return model
+
+
+def calibration_batches(data: Data, batch_size: int, seed: int) -> DataLoader:
+    """Batches of train in an order that the seed alone decides."""
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(data.train, batch_size=batch_size, collate_fn=collate, shuffle=True, generator=order)
 
 
 def _stages(recovery: Recovery, steps_per_epoch: int, batch_size: int) -> list[Stage]:

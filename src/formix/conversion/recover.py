@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 from formix.conversion.objectives import Distillation
 from formix.conversion.record import Conversion
+from formix.conversion.taps import answer
 from formix.data import Data, collate
 from formix.records import write_atomically
 from formix.training import Objective, TrainConfig, train
@@ -92,9 +93,10 @@ def recover(
         on_progress: called with a stage's name and the share of it that is done.
 
     Raises:
-        ValueError: logits are to be matched and the model has none, a loss that is no number, or a `state` of another
-            recovery.
+        ValueError: logits are to be matched and the model has none, labels are to be read by no stage, a loss that is
+            no number, or a `state` of another recovery.
     """
+    refuse_stages(model, data, stages, labelled)
     place = None if state is None else Path(state)
     conversion = Conversion.of(model)
     identity = _identity(conversion, data, stages, {**(settings or {}), "labelled": labelled, "seed": seed})
@@ -116,6 +118,18 @@ def recover(
         conversion.data.append(json.loads(json.dumps(data.provenance, default=str)))
     model.eval()
     return records
+
+
+@torch.no_grad()
+def refuse_stages(model: nn.Module, data: Data, stages: Sequence[Stage], labelled: bool) -> None:
+    """Raise `ValueError` for stages that cannot do what is asked of them."""
+    if not any(stage.name == "task" for stage in stages):
+        if labelled:
+            raise ValueError("labelled is true, but labels are read by the stage task alone; add it to the stages.")
+        return
+    batch = next(iter(DataLoader(data.validation, batch_size=1, collate_fn=collate)))
+    if answer(model.eval(), batch).logits is None:
+        raise ValueError(f"A {type(model).__name__} has no logits for the stage task; leave it out of the stages.")
 
 
 class _Watch:
