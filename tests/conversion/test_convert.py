@@ -160,6 +160,12 @@ def test_layers_that_stay_are_the_sources_own() -> None:
     )
 
 
+def test_half_precision_leaves_the_rotation_exact() -> None:
+    model = formix.convert(make("llama").bfloat16(), "relu")
+    assert model.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["bert", "vit", "xcit"])
 def test_a_teacher_is_the_source(name: str) -> None:
     source = make(name)

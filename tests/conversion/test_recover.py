@@ -15,14 +15,17 @@ from sources import GPT2, TEXT, inputs, make, run
 import formix
 from formix.commands.convert import _config
 from formix.conversion.calibrate import calibrate
-from formix.conversion.carry import as_teacher
+from formix.conversion.carry import as_teacher, restore
+from formix.conversion.load import load_source
 from formix.conversion.objectives import Distillation
 from formix.conversion.pipeline import Recovery, load_recovery_data, parse_stages
+from formix.conversion.pipeline import run as run_pipeline
 from formix.conversion.recover import Stage, recover
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.sentences import Sentences
 from formix.conversion.taps import answer, tapped
 from formix.data import Data
+from formix.training import train
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies" / "conversion"
 STAGES = [Stage(name="match", epochs=6, lr=3e-3, evaluations=2), Stage(name="align", epochs=4, lr=1e-3, evaluations=2)]
@@ -213,6 +216,45 @@ def test_a_stage_without_improvement_ends_early() -> None:
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def half_bert(tmp_path: Path) -> None:
+    """A source in bfloat16, with words for `letters`."""
+    words = hf.BertTokenizer(
+        vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"])}
+    )
+    words.save_pretrained(tmp_path / "source")
+    hf.BertModel(hf.BertConfig(**TEXT)).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    lines = [" ".join("abcdefgh"[(i * j) % 8] for j in range(1, 5 + i % 3)) for i in range(60)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("stages", ["", "match:2steps:1e-2"])
+def test_half_precision_recovers_in_float32(stages: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "formix.conversion.recover.train", lambda model, *a, **k: seen.append(model.dtype) or train(model, *a, **k)
+    )
+    half_bert(tmp_path)
+    source = load_source(tmp_path / "source")
+    recovery = Recovery(data=f"text:{tmp_path / 'text.txt'}", stages=stages, calibration=1, evaluations=1, held_out=0.2)
+    made = [run_pipeline(source, "relu", recovery, place=tmp_path / "source") for _ in range(2)]
+    assert source.dtype == made[0].dtype == torch.bfloat16
+    assert seen == [torch.float32] * len(seen)
+    assert len(seen) == (2 if stages else 0)
+    assert all(torch.equal(v, made[1].state_dict()[k]) for k, v in made[0].state_dict().items())  # the seed decides
+    assert list(made[0].conversion.match_errors) == ["converted", "calibrated", *(["recovered"] if stages else [])]
+    if not stages:
+        restored = restore(made[0]).state_dict()
+        assert all(torch.equal(v, restored[k]) for k, v in source.state_dict().items())
+    with pytest.raises(ValueError, match=r"model\.float\(\)"):
+        recover(made[0], as_teacher(source), sentences(), STAGES)
+
+
+def test_a_teacher_follows_its_student() -> None:
+    teacher, model = pair("relu")
+    Distillation(teacher, model.to("meta"), None, labelled=False)
+    assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+
+
 def test_labels_and_logits_that_nobody_has_are_refused() -> None:
     teacher, model = pair("relu")
     with pytest.raises(ValueError, match="stage task alone"):
@@ -330,7 +372,7 @@ def test_the_studies_of_conversion_are_understood(study: Path) -> None:
         formix.design(design)
 
 
-def test_a_study_runs_all_its_designs(tmp_path) -> None:
+def test_a_study_runs_all_its_designs(tmp_path, capsys) -> None:
     from formix.cli import main
 
     words = hf.BertTokenizer(
@@ -359,3 +401,12 @@ def test_a_study_runs_all_its_designs(tmp_path) -> None:
         assert f"| minilm | {design} | sts_spearman |" in table
         assert "request" not in json.loads(next((tmp_path / "records").glob("*.json")).read_text())
         assert (tmp_path / "out" / design / "conversion.json").is_file()
+    capsys.readouterr()
+    assert main(["convert", str(STUDIES / "minilm.yaml"), *flags]) == 0  # nothing is left to do
+    assert capsys.readouterr().out.count("holds this conversion already") == 4
+    assert (
+        main(["convert", *(f for f in flags if "rec" not in f[:6]), "--design=paf", f"--out={tmp_path / 'plain'}"]) == 0
+    )
+    metrics = json.loads((tmp_path / "plain" / "conversion.json").read_text())["metrics"]
+    assert list(metrics) == ["source", "converted"]
+    assert all(list(values) == ["sts_spearman"] for values in metrics.values())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from formix.conversion.record import Conversion
 from formix.conversion.roles import Layer, layers, weight_in_out
-from formix.conversion.taps import answer, tapped
+from formix.conversion.taps import answer, moved, tapped
 from formix.data import Batch
 
 RIDGE = 1e-6  # of the mean diagonal, so that a head that is nothing does not end the solution
@@ -37,7 +37,8 @@ def calibrate(model: nn.Module, teacher: nn.Module, batches: Iterable[Batch], *,
         for i, layer in enumerate(own)
         if layer.out is not None and layer.design.mixer != theirs[i].design.mixer
     ]
-    for batch in batches:
+    teacher.to(next(model.parameters()).device)
+    for batch in (moved(batch, model) for batch in batches):
         with tapped(theirs) as taught:
             answer(teacher, batch)
         with tapped(own, forced=taught.inputs) as flow:
@@ -79,8 +80,8 @@ class _Fit:
             target, z = target[mask.flatten() > 0], z[mask.flatten() > 0]
         weight = weight_in_out(self.layer.out).unflatten(0, (-1, self.width))  # [H, D, C]
         parts = torch.einsum("thd,hdc->htc", z.unflatten(1, (-1, self.width)), weight).flatten(1).double()
-        self.products += parts @ parts.T
-        self.right += parts @ target.flatten().double()
+        self.products += (parts @ parts.T).cpu()
+        self.right += (parts @ target.flatten().double()).cpu()
         self.total += float(target.double().square().sum())
 
     def solve(self) -> dict[str, Any]:

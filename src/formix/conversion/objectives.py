@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formix.conversion.roles import Layer, layers
-from formix.conversion.taps import Answer, Flow, answer, tapped
+from formix.conversion.taps import Answer, Flow, answer, moved, tapped
 from formix.data import Batch, Data
 from formix.training.tasks import loss_of
 
@@ -29,6 +29,7 @@ class Distillation:
     """A teacher (`as_teacher`) and the losses that lead a student of formix's to it."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, data: Data | None, labelled: bool) -> None:
+        teacher.to(next(student.parameters()).device)
         self.teacher, self.data, self.labelled = teacher.eval().requires_grad_(False), data, labelled
         self.teacher_layers, self.layers = layers(teacher), layers(student)
         self.changed = [_changes(t, s) for t, s in zip(self.teacher_layers, self.layers, strict=True)]
@@ -64,7 +65,7 @@ class Distillation:
         """The match errors over batches, in evaluation mode."""
         model.eval()
         sums, number = [0.0] * len(self.parts), 0
-        for batch in batches:
+        for batch in (moved(batch, model) for batch in batches):
             flow, _ = self._taught(batch)
             with tapped(self.layers, forced=flow.inputs) as own:
                 answer(model, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -20,8 +21,10 @@ from formix.conversion.carry import as_teacher, convert_model
 from formix.conversion.objectives import Distillation
 from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
+from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.base import SPLITS
+from formix.training.parallel import start
 
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
 Metric = Callable[[nn.Module], float]
@@ -158,13 +161,18 @@ def run(
         state: a directory for what a killed run needs to go on.
         metrics: measured of the source, and of the model after conversion, calibration and every stage.
     """
-    teacher = as_teacher(source)
+    # in float32, whatever the source's type: half precision loses small steps
+    home = next(source.parameters())
+    wide = (start().device, torch.promote_types(home.dtype, torch.float32))
+    teacher = cast(as_teacher(source), *wide)
     torch.manual_seed(recovery.seed)  # of weights that the source does not have
-    model = convert_model(source, design, layers=layers, keep=keep)
+    model = cast(convert_model(source, design, layers=layers, keep=keep), *wide)
     data, batch_size = load_recovery_data(model, recovery, place)
     measured = metrics or {}
 
     def measure(current: nn.Module) -> dict[str, float]:
+        if measured and home.dtype != wide[1]:  # what is left of the weights in their own type
+            current = cast(cast(copy.deepcopy(current), wide[0], home.dtype), *wide)
         return {name: metric(current) for name, metric in measured.items()}
 
     stages = _stages(recovery, math.ceil(len(data.train) / batch_size), batch_size)
@@ -200,6 +208,9 @@ def run(
     for record in records:
         if record["trained"] and "metric" in record:
             conversion.metrics[record["stage"]] = record["metric"]
+    cast(model, home.device, home.dtype)
+    if not records:
+        conversion.note_folded(model)
     return model
 
 

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Subset
 
 from formix.conversion.objectives import Distillation
 from formix.conversion.record import Conversion
-from formix.conversion.taps import answer
+from formix.conversion.taps import answer, moved
 from formix.data import Data, collate
 from formix.records import write_atomically
 from formix.training import Objective, TrainConfig, train
 from formix.training.checkpoint import Checkpoints, difference
 from formix.training.loop import autocast_dtype
+from formix.training.parallel import start
 
 STAGES = ("match", "align", "task")
 HELD_OUT = 256  # samples (of sentences: batches), evenly spaced, that a stage is judged on; its time counts as recovery
@@ -84,7 +85,7 @@ def recover(
     """Train a converted model, in place, towards its teacher; returns what every stage did.
 
     Args:
-        model: what `formix.convert` made.
+        model: what `formix.convert` made, in float32; it comes back on the device that training uses.
         teacher: the source (`formix.conversion.carry.as_teacher`).
         data: its train split is learned from, without labels unless `labelled`; the held-out loss is of validation.
         state: a directory for what is needed to go on: finished stages and checkpoints of the one under way.
@@ -93,9 +94,15 @@ def recover(
         on_progress: called with a stage's name and the share of it that is done.
 
     Raises:
-        ValueError: logits are to be matched and the model has none, labels are to be read by no stage, a loss that is
-            no number, or a `state` of another recovery.
+        ValueError: a model in half precision, logits to be matched that the model has not, labels that no stage reads,
+            a loss that is no number, or a `state` of another recovery.
     """
+    dtype = next(model.parameters()).dtype
+    if torch.promote_types(dtype, torch.float32) != dtype:
+        raise ValueError(
+            f"The model is in {dtype}, in which small steps are lost; recover it in float32: model.float()."
+        )
+    model.to(start().device)
     refuse_stages(model, data, stages, labelled)
     place = None if state is None else Path(state)
     conversion = Conversion.of(model)
@@ -128,7 +135,7 @@ def refuse_stages(model: nn.Module, data: Data, stages: Sequence[Stage], labelle
             raise ValueError("labelled is true, but labels are read by the stage task alone; add it to the stages.")
         return
     batch = next(iter(DataLoader(data.validation, batch_size=1, collate_fn=collate)))
-    if answer(model.eval(), batch).logits is None:
+    if answer(model.eval(), moved(batch, model)).logits is None:
         raise ValueError(f"A {type(model).__name__} has no logits for the stage task; leave it out of the stages.")
 
 

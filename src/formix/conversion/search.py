@@ -18,7 +18,7 @@ from formix.benchmarks import interleaved_medians
 from formix.conversion.calibrate import calibrate
 from formix.conversion.carry import as_teacher, convert_model
 from formix.conversion.objectives import Distillation
-from formix.conversion.taps import answer
+from formix.conversion.taps import answer, moved
 from formix.data import Batch
 from formix.design import Design
 
@@ -122,12 +122,14 @@ def search(
 @torch.no_grad()
 def _loss(teacher: nn.Module, model: nn.Module, batches: Sequence[Batch]) -> float:
     distillation = Distillation(teacher, model, None, False)
-    return sum(float(distillation.align(model, batch)) for batch in batches) / len(batches)
+    return sum(float(distillation.align(model, moved(batch, model))) for batch in batches) / len(batches)
 
 
 def _milliseconds(model: nn.Module, batch: Batch) -> float:
+    given = moved(batch, model)
+
     @torch.inference_mode()
     def call() -> None:
-        answer(model, batch)
+        answer(model, given)
 
     return 1e3 * interleaved_medians({"model": call}, repeats=5, seconds=2.0)["model"]

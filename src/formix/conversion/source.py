@@ -89,4 +89,16 @@ def refuse_wrapped(model: Any) -> None:
 def like(target: nn.Module, source: nn.Module) -> Any:
     """`target` with the source's device and floating-point type."""
     parameter = next(source.parameters(), torch.empty(0))
-    return target.to(device=parameter.device, dtype=parameter.dtype)
+    return cast(target, parameter.device, parameter.dtype)
+
+
+def cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model there and in that type; buffers that are computed and not stored (rotary frequencies) stay exact."""
+    stored = model.state_dict().keys()
+    exact = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
+    model.to(device=device, dtype=dtype)
+    if torch.promote_types(dtype, torch.float32) != dtype:
+        for name, buffer in exact.items():
+            place, _, own = name.rpartition(".")
+            setattr(model.get_submodule(place), own, buffer.to(device))
+    return model

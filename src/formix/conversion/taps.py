@@ -59,6 +59,12 @@ def tapped(layers: Sequence[Layer], forced: Sequence[Tensor] | None = None) -> I
             handle.remove()
 
 
+def moved(batch: Batch, model: nn.Module) -> Batch:
+    """The batch on the model's device, and in its floating-point type."""
+    like = next(model.parameters())
+    return {k: v.to(like) if v.is_floating_point() else v.to(like.device) for k, v in batch.items()}
+
+
 @dataclass
 class Answer:
     """What a model makes of a batch."""
