@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 import transformers as hf
 from sources import SOURCES, TEXT, inputs, make, run
@@ -198,6 +199,14 @@ def _quantised() -> nn.Module:
         (lambda: make("bert"), "relu", {"keep": "softmax:0-2"}, "no layer to convert"),
         (lambda: formix.convert(make("bert"), "relu"), "paf", {"keep": "softmax:0"}, "in layer 0 is pointwise"),
         (lambda: make("xcit"), "sima", {"layers": "0"}, "cross-covariance"),
+        (
+            lambda: timm.create_model("vit_tiny_patch16_224", depth=1, act_layer="relu"),
+            "relu",
+            {},
+            r"ReLU.* as blocks\.0\.mlp\.act",
+        ),
+        (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer="rmsnorm"), "relu", {}, "differ"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer=nn.LayerNorm), "relu", {}, "eps=1e-05"),
         (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head"),
     ],
 )
