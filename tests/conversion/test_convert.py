@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from sources import SOURCES, TEXT, inputs, make, run
+from sources import IMAGE, SOURCES, TEXT, inputs, make, run
 from torch import nn
 
 import formix
@@ -47,6 +47,18 @@ def test_softmax_has_the_sources_outputs(name: str) -> None:
         ours, theirs = run(softmax, masked), run(source, masked)
         seen = mask.bool() if ours.dim() == 3 else slice(None)
         torch.testing.assert_close(ours[seen], theirs[seen], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
+def test_positions_of_dinov2_are_resampled_as_transformers_does(kind: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    config = getattr(hf, f"{kind}Config")(**IMAGE | {"image_size": 64})
+    source = getattr(hf, f"{kind}Model")(config).eval()
+    torch.nn.init.normal_(source.embeddings.position_embeddings)
+    formix.save(formix.convert(source, "softmax"), tmp_path)
+    for side in (64, 40, 96):
+        given = {"pixel_values": torch.randn(2, 3, side, side)}
+        torch.testing.assert_close(run(formix.load(tmp_path), given), run(source, given), rtol=0, atol=1e-5)
 
 
 @source_

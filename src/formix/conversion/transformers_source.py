@@ -185,6 +185,8 @@ def _image_source(model: Any, kind: str) -> Source:
     }
     if kind.startswith("dinov2"):
         arguments |= {"init_values": 1.0, "dynamic_img_size": True}
+    if kind == "dinov2":  # with registers transformers resamples positions as timm does
+        arguments["pos_antialias"] = False
     if registers or (deit and not distilled):
         arguments["reg_tokens"] = registers or 1
     base = "deit_tiny_distilled_patch16_224" if distilled else "vit_tiny_patch16_224"

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import load_pretrained
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -110,9 +111,25 @@ class _DesignedTrunk(Designed):
 class FormixVisionTransformer(_DesignedTrunk, VisionTransformer):  # type: ignore[misc]
     """timm's `VisionTransformer` with blocks of a `Design`; the same parameter names, methods and heads."""
 
+    pos_antialias = True  # of position embeddings that are resampled for another image size
+
+    def _pos_embed(self: Any, x: Tensor) -> Tensor:
+        """As timm's; without antialiasing for a class token and patches whose grid [B, H, W, C] decides the size."""
+        if self.pos_antialias:
+            return VisionTransformer._pos_embed(self, x)
+        positions = resample_abs_pos_embed(
+            self.pos_embed, list(x.shape[1:3]), list(self.patch_embed.grid_size), num_prefix_tokens=1, antialias=False
+        )
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # [B, 1 + N, C]
+        return self.pos_drop(tokens + positions)
+
     def __prepare_scriptable__(self) -> nn.Module:
         from formix.models import script
 
+        if not self.pos_antialias:
+            raise ValueError(
+                "A model of DINOv2's with transformers' positions has no TorchScript form; use torch.export."
+            )
         return script.scriptable_vit(self, script.ScriptableViT)
 
 
@@ -141,7 +158,8 @@ class _BlockArguments(nn.Identity):
 
 def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool = False, **kwargs: Any) -> Any:
     """timm's model `name` with its blocks in `design`; `kwargs` go to timm (img_size, patch_size, in_chans, ...), but
-    for `norm_eps`, the eps of all LayerNorms where it is not timm's (ViTs of transformers have 1e-12).
+    for `norm_eps`, the eps of all LayerNorms where it is not timm's (ViTs of transformers have 1e-12), and
+    `pos_antialias`, False for DINOv2 of transformers (without registers), which resamples positions without.
 
     Names whose blocks are of their own kind (rotary positions, relative position biases, parallel branches) keep timm's
     blocks with the design's mixer inside: `formix.models.own_blocks`.
@@ -156,7 +174,7 @@ def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool 
 
     chosen = find_design(design)
     asked, norm_eps = kwargs, kwargs.get("norm_eps")
-    kwargs = {k: v for k, v in kwargs.items() if k != "norm_eps"}
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("norm_eps", "pos_antialias")}
     probe = _probe(name, kwargs)
     depth, kind = len(probe.blocks), own_blocks.kind_of(probe)
     layers = [chosen.layer(i, depth) for i in range(depth)]
@@ -178,6 +196,8 @@ def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool 
         own_blocks.convert(model, kind, chosen)
     model.design, model.base = chosen, name
     model.arguments = {k: v for k, v in asked.items() if k not in RUNTIME_ARGUMENTS}
+    if "pos_antialias" in asked:
+        model.pos_antialias = asked["pos_antialias"]
     if norm_eps is not None:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
