@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 import formix
 from formix.comparison.models import build_model, default_model, patch_size
@@ -48,13 +49,15 @@ def test_masked_language_models_predict_every_token_of_the_longest_windows(tmp_p
 
 def test_a_directory_keeps_its_sizes_and_gets_the_outputs_of_the_task(tmp_path):
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 77}
-    formix.save(formix.create_model("bert-tiny", "softmax", task="features", **sizes), tmp_path / "bert")
+    made = formix.create_model("bert-tiny", "softmax", task="features", **sizes)
+    formix.save(made.bfloat16(), tmp_path / "bert")
     (tmp_path / "CoLA").mkdir()
     (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\twords {i}\n" for i in range(20)))
     (tmp_path / "CoLA" / "dev.tsv").write_text("x\t1\t\twords\n")
     model = build_model(load_data(f"glue:{tmp_path / 'CoLA'}"), str(tmp_path / "bert"), {}, "paf")
     assert (model.config.num_labels, model.config.vocab_size, model.config.max_position_embeddings) == (2, 40, 77)
     assert model.config.design == formix.design("paf").to_dict()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # trained in full precision
     (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\tword{chr(97 + i)}\n" for i in range(20)))
     with pytest.raises(ValueError, match="knows 40 tokens"):
         build_model(load_data(f"glue:{tmp_path / 'CoLA'}"), str(tmp_path / "bert"), {}, "paf")

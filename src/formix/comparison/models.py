@@ -57,7 +57,7 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
         raise ValueError(
             f"{base} knows {known} tokens and {data.name!r} has {data.vocab_size}; give the model's own --tokenizer."
         )
-    return model
+    return model.float()  # what a directory has in half precision, too: there the optimiser's small steps are lost
 
 
 def check_arguments(data: Data, arguments: dict[str, Any]) -> None:
