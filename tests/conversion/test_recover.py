@@ -287,7 +287,7 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_the_command_recovers(kind: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_recovers(kind: str, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     from formix.cli import main
 
     def kill(*args: object, **kwargs: object) -> None:
@@ -323,7 +323,11 @@ def test_the_command_recovers(kind: str, tmp_path, monkeypatch: pytest.MonkeyPat
     flags += ["--search=2"] if encoder else []
     flags += [] if encoder else [f"--perplexity=text:{text}", f"--record={tmp_path / 'records'}"]
     command = ["convert", str(tmp_path / "source"), "--design=relu+parallel", *flags]
-    if encoder:  # killed while it saves: nothing that was recovered is lost
+    if encoder:
+        fast = [*command, "--max-milliseconds=1e6", f"--out={tmp_path / 'fast'}"]
+        assert main(fast) == 2
+        assert "no layer need be converted for max_milliseconds=1e+06" in capsys.readouterr().err
+        # killed while it saves: nothing that was recovered is lost
         with monkeypatch.context() as patch:
             patch.setattr(formix, "save", kill)
             with pytest.raises(KilledError):
