@@ -249,6 +249,19 @@ def test_half_precision_recovers_in_float32(stages: str, tmp_path, monkeypatch: 
         recover(made[0], as_teacher(source), sentences(), STAGES)
 
 
+def test_timms_xcit_teaches_itself() -> None:
+    source = make("xcit").float()
+    recovery = Recovery(
+        data="digits", limit=60, batch_size=16, calibration=1, evaluations=2, stages="match:6steps,align:4steps"
+    )
+    model = run_pipeline(source, "sima", recovery, metrics={"one": lambda m: 1.0})
+    assert model.conversion.match_parts == ["layer 0, mixer", "layer 1, mixer"]
+    errors = model.conversion.match_errors
+    assert sum(errors["recovered"]) < sum(errors["calibrated"]) < sum(errors["converted"])
+    assert list(model.conversion.metrics) == ["source", "converted", "calibrated", "match", "align"]
+    assert all(parameter.requires_grad for parameter in source.parameters())
+
+
 def test_a_teacher_follows_its_student() -> None:
     teacher, model = pair("relu")
     Distillation(teacher, model.to("meta"), None, labelled=False)
