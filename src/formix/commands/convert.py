@@ -113,7 +113,8 @@ def _convert(source: Any, config: ConvertConfig, study: str, out: ConversionDire
         write_record(conversion, Path(config.record), study, config.design)
     print(f"{out.path}: {conversion.plan['formula']}")
     for step, values in conversion.metrics.items():
-        print(f"  {step:12}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
+        if values:
+            print(f"  {step:12}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
 
 
 def _request(source: Any, config: ConvertConfig) -> dict[str, Any]:

@@ -260,11 +260,11 @@ def _identity(
 ) -> dict[str, Any]:
     """What a recovery is of, as plain data."""
     identity = {
+        **settings,
         "source": None if conversion is None else conversion.source_sha256,
         "design": None if conversion is None else conversion.plan["design"],
         "data": data.provenance.get("sha256"),
         "stages": {str(number): dataclasses.asdict(stage) for number, stage in enumerate(stages)},
-        **settings,
     }
     return json.loads(json.dumps(identity))
 
