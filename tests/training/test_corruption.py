@@ -75,6 +75,7 @@ def test_every_damage_to_every_file_is_seen(original, tmp_path):
             if problem is not None:
                 assert "\n" not in problem
                 assert Checkpoints(directory).open() == before, (path, case)
+                (directory / f"aside-{newest.name}").rename(newest)
             cases += 1
         assert path.read_bytes() == whole
     assert cases >= 100
@@ -93,6 +94,7 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(run, original, tm
         model, _ = run(directory)
     assert len(caplog.messages) == 1
     assert path.name in caplog.text
+    assert "kept as aside-step-000000004" in caplog.text
     assert {p: p.read_bytes() for p in files(directory / "step-000000002")} == before
     undisturbed = load_file(original / "step-000000004" / "model" / "model.safetensors")
     assert all(undisturbed[key].equal(tensor) for key, tensor in model.state_dict().items())
@@ -105,6 +107,44 @@ def test_without_an_intact_one_it_is_refused_and_nothing_is_begun_anew(run, orig
         (checkpoint / "state.json").unlink()
     with pytest.raises(ValueError, match=r"None of the 2 checkpoints in .* is intact"):
         run(directory)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a checkpoint with nothing in it but a metric."""
+
+    def write_one(checkpoints: Checkpoints, step: int, validation: float | None) -> None:
+        state = {"validation": validation, "higher_is_better": True}
+        checkpoints.write(step, state, {}, {"model.w": torch.zeros(1)}, lambda directory: directory.mkdir())
+
+    return write_one
+
+
+def test_a_damaged_one_does_not_count_among_the_newest(write, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1137, 1200):
+        write(checkpoints, step, None)
+        shutil.copytree(tmp_path / f"step-{step:09d}", tmp_path / f"copy-{step}")
+    (tmp_path / "copy-1137").rename(tmp_path / "step-000001137")
+    (tmp_path / "step-000001200" / "state.json").write_text('{"validation"')
+    assert checkpoints.open() == tmp_path / "step-000001137"
+    write(checkpoints, 1150, None)
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-000001150"]
+    assert checkpoints.open() == tmp_path / "step-000001150"
+    (tmp_path / "copy-1200").rename(tmp_path / "step-000001300")  # and another damaged one
+    (tmp_path / "step-000001300" / "state.json").unlink()
+    assert checkpoints.open() == tmp_path / "step-000001150"
+    assert [path.name for path in sorted(tmp_path.glob("aside-*"))] == ["aside-step-000001300"]
+
+
+def test_the_best_is_one_whose_metric_is_a_number(write, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step, validation in enumerate((0.2, 0.7, float("nan"), None, 0.3), start=1):
+        write(checkpoints, step, validation)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000002", "step-000000005"]
+    (tmp_path / "step-000000002" / "state.json").write_text("{")  # while the run is under way
+    write(checkpoints, 6, 0.1)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000000005", "step-000000006"]
 
 
 class Bomb:

@@ -10,6 +10,9 @@
 A checkpoint is written under a name that begins with a dot, synced, and renamed when it is complete. The format has no
 pickle: torch.distributed.checkpoint keeps one in its usual `.metadata`, so its safetensors storage is used instead,
 which has the shards' places in the files' own headers. All processes must see the same DIRECTORY.
+
+A checkpoint that turns out to be damaged is renamed to aside-step-..., so that it is neither gone on from nor counted
+among those that are kept; at most `keep` of those stay too.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -34,7 +38,7 @@ from formix.models import save as save_model
 from formix.training.parallel import from_first, process_count, together
 
 _log = logging.getLogger("formix")
-MANIFEST, STATE, PARTIAL = "manifest.json", "state.json", ".partial-"
+MANIFEST, STATE, PARTIAL, ASIDE = "manifest.json", "state.json", ".partial-", "aside-"
 Document = dict[str, Any]
 
 
@@ -72,11 +76,17 @@ class Checkpoints:
     def open(self) -> Path | None:
         """The newest intact checkpoint, None if there is none yet; remains of interrupted writing are removed.
 
+        Damaged ones that are newer are renamed (`ASIDE`).
+
         Raises:
             ValueError: a directory that cannot be written to, or checkpoints of which none is intact.
         """
-        together(self._clear, first_only=True, otherwise=f"{self.directory} cannot be used for checkpoints")
-        self.latest = self._newest() if process_count()[0] == 0 else None
+
+        def choose() -> None:
+            self._clear()
+            self.latest = self._newest()
+
+        together(choose, first_only=True, otherwise=f"{self.directory} cannot be used for checkpoints")
         self.latest = from_first(self.latest)
         if self.latest is None and (found := from_first(self._found())):
             raise ValueError(
@@ -188,20 +198,35 @@ class Checkpoints:
         return sorted(self.directory.glob("step-*"), reverse=True)
 
     def _newest(self) -> Path | None:
+        """The newest intact one; what is newer is set aside, unless all are damaged."""
+        problems: dict[Path, str] = {}
         for path in self._found():
             if (problem := damage(path)) is None:
+                for damaged, problem in problems.items():
+                    kept = self._set_aside(damaged)
+                    _log.warning(
+                        "the checkpoint %s is damaged: %s; the one before it is used, and this one kept as %s.",
+                        damaged,
+                        problem,
+                        kept.name,
+                    )
                 return path
-            _log.warning("the checkpoint %s is damaged: %s; the one before it is used.", path, problem)
+            problems[path] = problem
         return None
+
+    def _set_aside(self, path: Path) -> Path:
+        """Take a checkpoint out of the numbering; at most `keep` of those stay."""
+        kept = path.with_name(ASIDE + path.name)
+        _remove(kept)
+        os.replace(path, kept)
+        for older in sorted(self.directory.glob(f"{ASIDE}*"), reverse=True)[self.keep :]:
+            _remove(older)
+        return kept
 
     def _prune(self) -> None:
         """Remove all but the newest and the best."""
         found = self._found()
-        scores = {}
-        for path in found:
-            state = json.loads((path / STATE).read_text()) if (path / STATE).is_file() else {}
-            if state.get("validation") is not None:
-                scores[path] = state["validation"] * (1 if state["higher_is_better"] else -1)
+        scores = {path: score for path in found if (score := _score(path)) is not None}
         best = max(scores, key=lambda path: (scores[path], path.name), default=None)
         for path in found[self.keep :]:
             if path != best:
@@ -222,11 +247,24 @@ def damage(path: Path) -> str | None:
     for name in sorted(expected.keys() ^ found.keys()):
         return f"{name} is missing" if name in expected else f"{name} was not written with it"
     for name, (size, digest) in expected.items():
-        if found[name].stat().st_size != size:
-            return f"{name} has {found[name].stat().st_size} bytes instead of {size}"
-        if _sha256(found[name]) != digest:
-            return f"{name} has been altered"
+        try:
+            if (bytes_now := found[name].stat().st_size) != size:
+                return f"{name} has {bytes_now} bytes instead of {size}"
+            if _sha256(found[name]) != digest:
+                return f"{name} has been altered"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def _score(path: Path) -> float | None:
+    """A checkpoint's metric on validation, the more the better; None where it has none that is a finite number."""
+    try:
+        state = json.loads((path / STATE).read_text())
+        score = float(state["validation"]) * (1 if state["higher_is_better"] else -1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return score if math.isfinite(score) else None
 
 
 def difference(theirs: Any, mine: Any, name: str = "") -> tuple[str, Any, Any] | None:
