@@ -7,9 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
+import formix
 from formix.cli import main
+from formix.data.glue import train_wordpiece
 from formix.training.job import MetricsFile
 
 SMALL = [
@@ -81,6 +84,63 @@ def test_the_other_tasks(tmp_path, data, flags, capsys):
     assert json.loads(capsys.readouterr().out)["value"] == pytest.approx(test)
 
 
+@pytest.fixture
+def run_of(tmp_path):
+    """A run's directory, as far as `formix eval` reads it."""
+
+    def make(model: str, config: dict, **arguments) -> Path:
+        out = tmp_path / "run"
+        formix.save(formix.create_model(model, "relu", **arguments), out / "model")
+        (out / "checkpoints").mkdir()
+        (out / "config.json").write_text(json.dumps(config))
+        return out
+
+    return make
+
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def test_other_text_is_read_as_the_training_s_was(run_of, tmp_path, capsys):
+    """The tokenizer, the task and the window are the model's, not the data's."""
+    text, tokenizer = "the cat sat on the mat. " * 400, str(tmp_path / "words")
+    (tmp_path / "a.txt").write_text(text)
+    train_wordpiece([text]).save_pretrained(tokenizer)
+    recorded = {"data": "stdlib", "task": "masked-lm", "mask_probability": 0.3, "tokenizer": tokenizer, "limit": 9}
+    out = run_of("bert-tiny", {**recorded, "sequence_length": 16}, task="masked-lm", vocab_size=300, **BERT)
+    other = f"--data=text:{tmp_path / 'a.txt'}"
+    assert main(["eval", str(out), other, "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert ours["metric"] == "perplexity"
+    flags = [f"--tokenizer={tokenizer}", "--mask-probability=0.3", "--sequence-length=16"]
+    assert main(["eval", str(out / "model"), other, "--json", *flags]) == 0  # masked-lm is in the model's class
+    assert json.loads(capsys.readouterr().out) == ours
+    assert main(["eval", str(out / "model"), other]) == 2  # bytes, which are not its tokens
+    assert "--tokenizer" in capsys.readouterr().err
+    assert main(["eval", str(out), other, "--sequence-length=1000"]) == 2
+    assert "sequence_length is 1000" in capsys.readouterr().err
+
+
+def test_a_vocabulary_made_of_sentences_is_not_made_of_others(run_of, tmp_path, capsys):
+    (tmp_path / "RTE").mkdir()
+    for split in ("train", "dev"):
+        rows = [f"a {split} {i}\tno {i}\t{'entailment' if i % 2 else 'not_entailment'}" for i in range(40)]
+        (tmp_path / "RTE" / f"{split}.tsv").write_text("\n".join(["sentence1\tsentence2\tlabel", *rows]) + "\n")
+    recorded = {"data": "glue:elsewhere/SST-2", "tokenizer": None, "limit": None, "validation_fraction": None}
+    out = run_of("bert-tiny", recorded, num_labels=2, vocab_size=8000, **BERT)
+    assert main(["eval", str(out), f"--data=glue:{tmp_path / 'RTE'}"]) == 2
+    assert "a vocabulary of the sentences of 'glue:elsewhere/SST-2'" in capsys.readouterr().err
+
+
+def test_other_pictures_are_scaled_to_the_model_s_size(trained, capsys):
+    model = formix.create_model(
+        "vit_tiny_patch16_224", "relu", img_size=12, patch_size=4, in_chans=1, num_classes=10, depth=1
+    )
+    formix.save(model, trained.parent / "twelve")
+    assert main(["eval", str(trained.parent / "twelve"), "--data=digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 359
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ended_by_a_signal_and_started_again_it_ends_as_if_undisturbed(trained, tmp_path, monkeypatch, capsys, number):
     add = MetricsFile.add
@@ -138,7 +198,8 @@ WRONG = {
     "a tracker": (["train", "--trackers=diary", "--out={tmp}/out"], "'diary' is no tracker"),
     "evaluation of nothing": (["eval", "{tmp}/none", "--data=digits"], "none is no model directory"),
     "evaluation without data": (["eval", "{trained}/model"], "give --data"),
-    "evaluation of other classes": (["eval", "{trained}/model", "--data=text:{tmp}/a.txt"], "has no tokens"),
+    "evaluation of other classes": (["eval", "{trained}/model", "--data=text:{tmp}/a.txt"], "is for image-classif"),
+    "evaluation of other channels": (["eval", "{trained}", "--data=folder:{tmp}/pictures"], "images of 1 x 8 x 8"),
 }
 
 
@@ -146,6 +207,10 @@ WRONG = {
 def test_what_is_wrong_is_said_in_one_sentence(case, trained, tmp_path, capsys):
     arguments, named = WRONG[case]
     (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 400)
+    for place in ("train/a/0", "train/a/1", "train/a/2", "train/b/0", "train/b/1", "train/b/2", "val/a/0", "val/b/0"):
+        path = tmp_path / "pictures" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16)).save(path)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("important")
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,13 @@ from formix.commands.arguments import parse
 
 if TYPE_CHECKING:
     from formix.data import Data
+    from formix.training.job import JobConfig
+
+# how a text model reads: as in its training, whatever the data
+READING = ("sequence_length", "tokenizer", "task", "mask_probability")
+TEXTS = ("stdlib", "text", "glue")
+# what decides the vocabulary that GLUE's sentences give without a tokenizer
+WORDS = ("data", "limit", "validation_fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,7 @@ def evaluate(arguments: list[str]) -> int:
     """Print the metric of a trained model: formix eval DIR --data=NAME."""
     from formix import load
     from formix.training import evaluate as measure
-    from formix.training.job import JobConfig, OutputDirectory
+    from formix.training.job import OutputDirectory
 
     named = [f"--model={a}" for a in arguments[:1] if not a.startswith("-")]
     config = parse(EvalConfig, "eval", [*named, *arguments[len(named) :]])
@@ -55,14 +63,10 @@ def evaluate(arguments: list[str]) -> int:
             )
     elif config.data is None:
         raise ValueError(f"{directory} does not say what data it is for; give --data.")
-    fields = {f.name for f in dataclasses.fields(JobConfig)}
-    asked = {k: v for k, v in dataclasses.asdict(config).items() if k in fields and k != "model" and v is not None}
-    same = config.data is None or config.data == trained.get("data")
-    known = {k: v for k, v in trained.items() if k in fields and k != "model" and (same or k == "sequence_length")}
-    job = JobConfig(**{**known, **asked})
-    data = job.load_data()
     model = load(directory)
-    _check(model, data, directory)
+    job = _job(config, trained, model)
+    data = job.load_data()
+    _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
     value = measure(model, data, config.split, batch_size=config.batch_size)
     figures = {
         "metric": data.metric,
@@ -78,16 +82,85 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def _check(model: Any, data: Data, directory: Path) -> None:
-    """ValueError where the model's output is not what the data ask for."""
+def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
+    """The settings of the data: those asked for, else those of the training, as far as they are about the model.
+
+    Raises:
+        ValueError: data of another kind than the model's, or whose vocabulary would be another.
+    """
+    from formix.data import IMAGES
+    from formix.training.job import JobConfig
+
+    fields = {f.name for f in dataclasses.fields(JobConfig)} - {"model"}
+    asked = {k: v for k, v in dataclasses.asdict(config).items() if k in fields and v is not None}
+    same = config.data in (None, trained.get("data"))
+    settings = {k: v for k, v in trained.items() if k in fields and (same or k in READING)} | asked
+    source, task, size = settings["data"].partition(":")[0], _task(model), _img_size(model)
+    if source in (TEXTS if task == "image-classification" else IMAGES):
+        raise ValueError(f"The model in {config.model} is for {task}, which {settings['data']!r} is not for.")
+    if task == "masked-lm":
+        settings.setdefault("task", task)
+    elif task == "image-classification" and size is not None and size[0] == size[1] and not same:
+        settings.setdefault("img_size", size[0])
+    changed = [name for name in WORDS if settings.get(name) != trained.get(name)]
+    if source == "glue" and trained and settings.get("tokenizer") is None and changed:
+        raise ValueError(
+            f"The model in {config.model} was trained with a vocabulary of the sentences of {trained['data']!r}, "
+            f"and another {changed[0]} makes another one; train it with a --tokenizer to use it elsewhere."
+        )
+    if config.sequence_length is not None and config.sequence_length > (room := _positions(model)):
+        raise ValueError(f"sequence_length is {config.sequence_length}; the model in {config.model} has {room:g}.")
+    return JobConfig(**settings)
+
+
+def _task(model: Any) -> str:
+    """What a model is for, in the words of `Data.task`; a regression is a classification."""
+    if not hasattr(model, "config") or model.config.model_type == "formix_cvt":
+        return "image-classification"
+    from formix.models.text import FAMILIES
+
+    return next(task for _, kinds in FAMILIES.values() for task, kind in kinds.items() if type(model) is kind)
+
+
+def _img_size(model: Any) -> tuple[int, int] | None:
+    """Height and width of the images that a model takes; None: any."""
+    size = getattr(model, "img_size", None)  # a method of the published models
+    size = size() if callable(size) else getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return None if size is None else tuple(size)
+
+
+def _positions(model: Any) -> float:
+    """How many tokens a model has positions for."""
     config = getattr(model, "config", None)
-    if data.task in ("causal-lm", "masked-lm"):
-        has, needs, what = getattr(config, "vocab_size", None), data.vocab_size, "tokens"
-        fits = has is not None and needs is not None and has >= needs
+    if config is None or config.model_type in ("formix_llama", "formix_cvt"):
+        return math.inf
+    first = config.pad_token_id + 1 if config.model_type == "formix_roberta" else 0  # where RoBERTa's begin
+    return config.max_position_embeddings - first
+
+
+def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
+    """ValueError where the model's input or output is not what the data give and ask for."""
+    config, task = getattr(model, "config", None), _task(model)
+    if data.task.replace("regression", "classification") != task:
+        raise ValueError(f"The model in {directory} is for {task}, and {data.name!r} is for {data.task}.")
+    if task == "image-classification":
+        size, channels = _img_size(model), getattr(model, "in_chans", None) or getattr(config, "num_channels", None)
+        if size not in (None, data.img_size) or channels != data.in_chans:
+            height, width = size or data.img_size or (0, 0)
+            raise ValueError(
+                f"The model in {directory} takes images of {channels} x {height} x {width}, and those of "
+                f"{data.name!r} are {' x '.join(map(str, (data.in_chans, *(data.img_size or ()))))}."
+            )
     else:
-        images = data.task == "image-classification"
-        has = getattr(model, "num_classes", None) if images else getattr(config, "num_labels", None)
-        needs, what = data.num_classes, "classes"
-        fits = has == needs
-    if not fits:
-        raise ValueError(f"The model in {directory} has {has or 'no'} {what} and {data.name!r} has {needs}.")
+        has, needs = config.vocab_size, data.vocab_size
+        if has < needs or (has > needs and not own_vocabulary):
+            raise ValueError(
+                f"The model in {directory} knows {has} tokens and {data.name!r} has {needs}; give the tokenizer that "
+                "it was trained with as --tokenizer."
+            )
+    if task in ("image-classification", "sequence-classification"):
+        has = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
+        if has != data.num_classes:
+            raise ValueError(
+                f"The model in {directory} has {has or 'no'} classes and {data.name!r} has {data.num_classes}."
+            )
