@@ -199,7 +199,10 @@ WRONG = {
     "evaluation of nothing": (["eval", "{tmp}/none", "--data=digits"], "none is no model directory"),
     "evaluation without data": (["eval", "{trained}/model"], "give --data"),
     "evaluation of other classes": (["eval", "{trained}/model", "--data=text:{tmp}/a.txt"], "is for image-classif"),
-    "evaluation of other channels": (["eval", "{trained}", "--data=folder:{tmp}/pictures"], "images of 1 x 8 x 8"),
+    "evaluation of other channels": (
+        ["eval", "{trained}", "--data=folder:{tmp}/pictures"],
+        "takes images of 1 x 8",
+    ),
 }
 
 

@@ -61,3 +61,30 @@ def test_a_directory_keeps_its_sizes_and_gets_the_outputs_of_the_task(tmp_path):
     (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\tword{chr(97 + i)}\n" for i in range(20)))
     with pytest.raises(ValueError, match="knows 40 tokens"):
         build_model(load_data(f"glue:{tmp_path / 'CoLA'}"), str(tmp_path / "bert"), {}, "paf")
+
+
+@pytest.mark.parametrize("classes", [0, 3, 10])
+def test_a_directory_of_images_for_other_classes_gets_a_new_classifier(tmp_path, classes, caplog):
+    """Also one without any, as DINOv2 is published."""
+    data, sizes = load_data("digits", limit=20), {"patch_size": 4, "in_chans": 1, "depth": 1}
+    stored = formix.create_model("vit_tiny_patch16_224", "relu", img_size=8, num_classes=classes, **sizes)
+    formix.save(stored, tmp_path / "model")
+    model = build_model(data, str(tmp_path / "model"), {}, None)
+    assert model.head.out_features == 10
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, stored.blocks[0].mlp.fc1.weight)
+    assert ("the classifier is new" in caplog.text) == (classes != 10)
+    if classes == 10:
+        assert torch.equal(model.head.weight, stored.head.weight)
+    with pytest.raises(ValueError, match=r"takes images of 1 x 8 x 8, and those of 'digits' are 1 x 16 x 16"):
+        build_model(load_data("digits", limit=20, img_size=16), str(tmp_path / "model"), {}, None)
+
+
+def test_a_directory_of_text_for_other_labels_gets_a_new_classifier(tmp_path):
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 77}
+    stored = formix.create_model("bert-tiny", "softmax", num_labels=3, **sizes)
+    formix.save(stored, tmp_path)
+    model = formix.create_model(tmp_path, num_labels=5)
+    assert model.classifier.weight.shape == (5, 32)
+    assert torch.equal(model.bert.pooler.dense.weight, stored.bert.pooler.dense.weight)
+    with pytest.raises(ValueError, match="weights of another shape for"):
+        formix.create_model(tmp_path, vocab_size=41)

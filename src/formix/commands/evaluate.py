@@ -89,13 +89,14 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
         ValueError: data of another kind than the model's, or whose vocabulary would be another.
     """
     from formix.data import IMAGES
+    from formix.models.image import image_size
     from formix.training.job import JobConfig
 
     fields = {f.name for f in dataclasses.fields(JobConfig)} - {"model"}
     asked = {k: v for k, v in dataclasses.asdict(config).items() if k in fields and v is not None}
     same = config.data in (None, trained.get("data"))
     settings = {k: v for k, v in trained.items() if k in fields and (same or k in READING)} | asked
-    source, task, size = settings["data"].partition(":")[0], _task(model), _img_size(model)
+    source, task, size = settings["data"].partition(":")[0], _task(model), image_size(model)
     if source in (TEXTS if task == "image-classification" else IMAGES):
         raise ValueError(f"The model in {config.model} is for {task}, which {settings['data']!r} is not for.")
     if task == "masked-lm":
@@ -122,13 +123,6 @@ def _task(model: Any) -> str:
     return next(task for _, kinds in FAMILIES.values() for task, kind in kinds.items() if type(model) is kind)
 
 
-def _img_size(model: Any) -> tuple[int, int] | None:
-    """Height and width of the images that a model takes; None: any."""
-    size = getattr(model, "img_size", None)  # a method of the published models
-    size = size() if callable(size) else getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return None if size is None else tuple(size)
-
-
 def _positions(model: Any) -> float:
     """How many tokens a model has positions for."""
     config = getattr(model, "config", None)
@@ -140,18 +134,13 @@ def _positions(model: Any) -> float:
 
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
     """ValueError where the model's input or output is not what the data give and ask for."""
+    from formix.comparison.models import check_images
+
     config, task = getattr(model, "config", None), _task(model)
     if data.task.replace("regression", "classification") != task:
         raise ValueError(f"The model in {directory} is for {task}, and {data.name!r} is for {data.task}.")
-    if task == "image-classification":
-        size, channels = _img_size(model), getattr(model, "in_chans", None) or getattr(config, "num_channels", None)
-        if size not in (None, data.img_size) or channels != data.in_chans:
-            height, width = size or data.img_size or (0, 0)
-            raise ValueError(
-                f"The model in {directory} takes images of {channels} x {height} x {width}, and those of "
-                f"{data.name!r} are {' x '.join(map(str, (data.in_chans, *(data.img_size or ()))))}."
-            )
-    else:
+    check_images(model, data, directory)
+    if config is not None and task != "image-classification":
         has, needs = config.vocab_size, data.vocab_size
         if has < needs or (has > needs and not own_vocabulary):
             raise ValueError(

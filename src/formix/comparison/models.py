@@ -8,6 +8,7 @@ from typing import Any
 from formix import create_model
 from formix.data import Data
 from formix.data.masking import BYTE_PAD
+from formix.models.image import image_size
 
 IMAGE_MODEL = "vit_tiny_patch16_224"
 
@@ -52,12 +53,26 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
         if data.task != "image-classification":
             decided["task"] = data.task.replace("regression", "classification")
     model = create_model(base, design=design, **{**defaults, **decided, **arguments})
+    check_images(model, data, base)
     known = getattr(getattr(model, "config", None), "vocab_size", None)
     if known is not None and data.vocab_size is not None and known < data.vocab_size:
         raise ValueError(
             f"{base} knows {known} tokens and {data.name!r} has {data.vocab_size}; give the model's own --tokenizer."
         )
     return model.float()  # what a directory has in half precision, too: there the optimiser's small steps are lost
+
+
+def check_images(model: Any, data: Data, name: str | Path) -> None:
+    """Raise `ValueError` for a model of images of another size or other channels than the data's."""
+    if data.task != "image-classification":
+        return
+    assert data.img_size is not None
+    (height, width), channels = image_size(model) or data.img_size, getattr(model, "in_chans", data.in_chans)
+    if (channels, height, width) != (data.in_chans, *data.img_size):
+        raise ValueError(
+            f"{name} takes images of {channels} x {height} x {width}, and those of {data.name!r} are "
+            f"{' x '.join(map(str, (data.in_chans, *data.img_size)))}; --img-size scales them, channels must agree."
+        )
 
 
 def check_arguments(data: Data, arguments: dict[str, Any]) -> None:

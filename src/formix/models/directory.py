@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 
 from formix.design import Design
@@ -64,8 +64,9 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
     if design is not None:
         arguments["design"] = design
     model = _entry(config)(**arguments)
+    new_classes = "num_classes" in kwargs and kwargs["num_classes"] != config["model_args"].get("num_classes")
     try:
-        missing, unexpected = load_model(model, str(directory / WEIGHTS), strict=False)
+        missing, unexpected = _load_body(model, directory) if new_classes else _load(model, directory)
     except RuntimeError as error:
         raise ValueError(f"The weights in {directory} do not fit this model: {error}") from None
     if missing:
@@ -76,6 +77,23 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
     if unexpected:
         vit._log.warning("weights without a place in this design: %s", ", ".join(sorted(unexpected)))
     return model
+
+
+def _load(model: Any, directory: Path) -> tuple[set[str], set[str]]:
+    """Load the weights; the names that the directory lacks, and those that the model has no place for."""
+    missing, unexpected = load_model(model, str(directory / WEIGHTS), strict=False)
+    return set(missing), set(unexpected)
+
+
+def _load_body(model: Any, directory: Path) -> tuple[set[str], set[str]]:
+    """The same for other classes than the directory's: the classifier keeps its random weights."""
+    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in head}
+    stored = load_file(directory / WEIGHTS)
+    missing, unexpected = model.load_state_dict({k: v for k, v in stored.items() if k not in names}, strict=False)
+    if names:
+        vit._log.warning("the classifier is new (%s): %s has one for others", ", ".join(sorted(names)), directory)
+    return set(missing) - names, set(unexpected)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

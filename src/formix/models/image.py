@@ -68,6 +68,13 @@ class ImageModel:
         return state
 
 
+def image_size(model: Any) -> tuple[int, int] | None:
+    """Height and width of the images that a model takes; None: any."""
+    size = getattr(model, "img_size", None)  # a method here, a part of the patch embedding in timm
+    size = size() if callable(size) else getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return None if size is None else tuple(size)
+
+
 def load_official(model: nn.Module, source: str | Path | Mapping[str, Any], *, ema: bool = False) -> None:
     """Load a checkpoint of the official code into `model`, every weight in its place (strict=True).
 

@@ -208,8 +208,15 @@ def from_directory(
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "design")}
     new_config = config_class(**(fields | config), design=chosen.to_dict())
     model, report = _class_for(family, task).from_pretrained(
-        directory, config=new_config, local_files_only=True, output_loading_info=True
+        directory,
+        config=new_config,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=not own_task,  # the head of another number of labels; anything else is refused below
     )
+    inside = "" if model.base_model is model else f"{model.base_model_prefix}."
+    if unfit := sorted(k for k, *_ in report["mismatched_keys"] if k.startswith(inside)):
+        raise ValueError(f"{directory} has weights of another shape for {len(unfit)} parameters ({unfit[0]}, ...).")
     missing = report["missing_keys"]
     as_saved = own_task and design is None and str(stored["model_type"]).startswith("formix_")
     # a new task brings a new head; a directory loaded as it was saved must bring every weight
