@@ -134,4 +134,30 @@ def test_a_loss_spike_returns_to_the_checkpoint_and_leaves_out_the_data(run, tmp
     assert "nan at step 6" in caplog.text
     assert result.curve[-1].step == 12
     state = json.loads((max(tmp_path.glob("step-*")) / "state.json").read_text())
-    assert (state["place"]["epoch"], state["place"]["batch"]) == (3, 3)  # 15 batches were used, 3 without effect
+    # 17 batches were used, 5 without effect: the first return is to step 4, the second, from there, to step 2
+    assert (state["place"]["epoch"], state["place"]["batch"]) == (4, 1)
+
+
+def test_weights_that_are_spoilt_in_the_checkpoint_are_left_for_those_before(tmp_path, digits, make_model, caplog):
+    """The step before a checkpoint makes the weights NaN, after its loss was seen to be a number."""
+    from formix.training import Objective, task_objective
+
+    normal, calls = task_objective(digits), []
+
+    def loss(model, batch):
+        calls.append(len(calls))
+        zero = (model.head.bias * 0).sum()
+        return normal.loss(model, batch) + (zero.sqrt() if len(calls) == 6 else 0)  # 0 with the gradient inf * 0
+
+    objective = Objective(loss=loss, metric=normal.metric, higher_is_better=True)
+    config = TrainConfig(
+        epochs=3.0, batch_size=32, precision="float32", evaluations=3, on_divergence="rewind", clip=0.0
+    )
+    checkpoints = Checkpoints(tmp_path, steps=2, keep=9)
+    model = make_model()
+    result = train(model, digits, config, objective=objective, checkpoints=checkpoints)
+    assert (result.diverged, result.rewinds, result.curve[-1].step) == (None, 2, 12)
+    assert "step-000000006 is damaged: the run diverged from it again" in caplog.text
+    assert all(tensor.isfinite().all() for tensor in states(model))
+    assert (tmp_path / "aside-step-000000006").is_dir()
+    assert Checkpoints(tmp_path).open() == tmp_path / "step-000000012"

@@ -11,8 +11,8 @@ A checkpoint is written under a name that begins with a dot, synced, and renamed
 pickle: torch.distributed.checkpoint keeps one in its usual `.metadata`, so its safetensors storage is used instead,
 which has the shards' places in the files' own headers. All processes must see the same DIRECTORY.
 
-A checkpoint that turns out to be damaged is renamed to aside-step-..., so that it is neither gone on from nor counted
-among those that are kept; at most `keep` of those stay too.
+A checkpoint that turns out to be damaged, or that a run diverges from again, is renamed to aside-step-..., so that it
+is neither gone on from nor counted among those that are kept; at most `keep` of those stay too.
 """
 
 from __future__ import annotations
@@ -94,6 +94,19 @@ class Checkpoints:
                 "remove them to begin again."
             )
         return self.latest
+
+    def retreat(self) -> None:
+        """Set the latest aside and take the newest intact one before it; the latest stays if there is none.
+
+        Raises:
+            ValueError: it cannot be renamed.
+        """
+
+        def choose() -> None:
+            self.latest = self._newest(spoilt=self.latest) or self.latest
+
+        together(choose, first_only=True, otherwise=f"{self.latest} cannot be renamed")
+        self.latest = from_first(self.latest)
 
     def due(self, step: int) -> bool:
         """Whether it is time for the next one, by this process's clock."""
@@ -197,19 +210,15 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"), reverse=True)
 
-    def _newest(self) -> Path | None:
-        """The newest intact one; what is newer is set aside, unless all are damaged."""
+    def _newest(self, spoilt: Path | None = None) -> Path | None:
+        """The newest that is intact and not `spoilt`; what is newer is set aside, unless there is none."""
         problems: dict[Path, str] = {}
         for path in self._found():
-            if (problem := damage(path)) is None:
-                for damaged, problem in problems.items():
-                    kept = self._set_aside(damaged)
-                    _log.warning(
-                        "the checkpoint %s is damaged: %s; the one before it is used, and this one kept as %s.",
-                        damaged,
-                        problem,
-                        kept.name,
-                    )
+            problem = "the run diverged from it again" if path == spoilt else damage(path)
+            if problem is None:
+                for useless, problem in problems.items():
+                    kept = self._set_aside(useless).name
+                    _log.warning("%s is damaged: %s; %s is used, and it is kept as %s.", useless, problem, path, kept)
                 return path
             problems[path] = problem
         return None

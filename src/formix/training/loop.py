@@ -142,6 +142,7 @@ class _Run:
         self.total = math.inf if config.epochs is None else max(1, round(config.epochs * steps))
         self.clock, self.place, self.result = Clock(), Place(), TrainResult()
         self.pending: list[tuple[Step, torch.Tensor]] = []  # steps whose losses were not looked at yet
+        self.rewound: Path | None = None  # the checkpoint that the run last returned to
         self.look_every = 1 if self.device.type == "cpu" else STEPS_PER_LOOK
 
     def go(self, box: SignalBox, on_step: Callable[[Step], None]) -> TrainResult:
@@ -318,7 +319,10 @@ class _Run:
         _log.info("going on from %s", path)
 
     def _rewind(self) -> bool:
-        """After a divergence: return to the last checkpoint, and go on from there with the data that come now."""
+        """After a divergence: return to the last checkpoint, and go on from there with the data that come now.
+
+        If that is the one it returned to before, whose weights may be what is wrong, it returns to the one before it.
+        """
         checkpoints, reason = self.checkpoints, self.result.diverged
         rewinds, epoch, batch = self.result.rewinds + 1, self.place.epoch, self.place.batch
         if (
@@ -328,6 +332,9 @@ class _Run:
             or rewinds > REWINDS
         ):
             return False
+        if checkpoints.latest == self.rewound:
+            checkpoints.retreat()
+        self.rewound = checkpoints.latest
         self._restore(checkpoints, checkpoints.latest)
         self.place.epoch, self.place.batch, self.result.rewinds = epoch, batch, rewinds
         _log.warning("%s: back to %s, without the data that led there.", reason, checkpoints.latest)
