@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 import formix
 from formix.cli import main
 from formix.data.glue import train_wordpiece
-from formix.training.job import MetricsFile
+from formix.training import Point, Step
+from formix.training.job import DiagnosticsFile, MetricsFile
+from formix.training.trackers import Trackers
 
 SMALL = [
     "--data=digits", "--design=relu", "--epochs=3", "--limit=128", "--batch-size=32", "--precision=float32",
@@ -151,8 +153,11 @@ def test_ended_by_a_signal_and_started_again_it_ends_as_if_undisturbed(trained, 
             os.kill(os.getpid(), number)
 
     command = ["train", *SMALL, f"--out={tmp_path / 'out'}"]
+    finished = []
+    monkeypatch.setattr(Trackers, "finish", lambda self: finished.append(self.names))
     monkeypatch.setattr(MetricsFile, "add", add_and_kill)
     assert main(command) == 128 + number
+    assert len(finished) == 1
     said = capsys.readouterr().err
     assert f"ended by {number.name}" in said
     assert "goes on from here" in said
@@ -183,6 +188,21 @@ def test_diagnostics_have_every_layer_at_every_evaluation_and_change_nothing(tra
     for step in evaluated:
         assert {row["figure"] for row in figures if row["step"] == step} == {"rms", "spread", "active"}
     assert list((out / "tensorboard").glob("events*"))
+
+
+def test_a_run_that_returns_to_a_checkpoint_leaves_no_rows_of_what_it_left(tmp_path):
+    def step(number: int, loss: float, point: bool = False) -> Step:
+        point = Point(step=number, epoch=0.0, seconds=0.0, train_loss=loss, validation=loss) if point else None
+        return Step(step=number, epoch=0.0, progress=0.0, loss=loss, lr=0.0, seconds=0.0, samples=0, point=point)
+
+    metrics, diagnostics = MetricsFile(tmp_path / "metrics.csv", 2), DiagnosticsFile(tmp_path / "diagnostics.csv")
+    for done in [step(n, 1.0, point=n == 4) for n in (1, 2, 3, 4, 5, 6)] + [step(n, 2.0) for n in (3, 4)]:
+        metrics.add(done)
+        diagnostics.reach(done.step)
+        if done.point:
+            diagnostics.add(done.step, {"rms/0": done.loss})
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("2", "1.0"), ("4", "2.0")]
+    assert (tmp_path / "diagnostics.csv").read_text().splitlines() == ["step,figure,layer,value"]
 
 
 WRONG = {

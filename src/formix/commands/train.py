@@ -43,7 +43,8 @@ def train(arguments: list[str]) -> int:
     if job.plan:
         print(plan(model, data, training))
         return 0
-    with joined():
+    with contextlib.ExitStack() as at_end:
+        at_end.enter_context(joined())
         first = process_count()[0] == 0
         if job.diagnostics and job.parallel == "fsdp" and process_count()[1] > 1:
             raise ValueError("diagnostics look into a whole model, and parallel=fsdp divides it; use --parallel=ddp.")
@@ -58,10 +59,12 @@ def train(arguments: list[str]) -> int:
         metrics, diagnostics = MetricsFile(out.metrics, job.log_steps), DiagnosticsFile(out.diagnostics)
         probe = data.validation.__getitems__(range(min(PROBE, len(data.validation))))
         trackers = Trackers([n for n in job.trackers.split(",") if n], out.path, combined(job, training))
+        at_end.callback(trackers.finish)  # also of a run that a signal or a divergence ends
         with _display(training, data) if first else contextlib.nullcontext(lambda step: None) as show:
 
             def on_step(step: Step) -> None:
                 metrics.add(step)
+                diagnostics.reach(step.step)
                 figures = _figures(step)
                 if job.diagnostics and step.point:
                     layers = diagnose(model, probe)
@@ -80,7 +83,6 @@ def train(arguments: list[str]) -> int:
                 workers=job.workers,
                 on_step=on_step,
             )
-        trackers.finish()
         latest = checkpoints.latest
         if result.diverged:
             where = f"{latest} is the last checkpoint before it" if latest else "there is no checkpoint before it"

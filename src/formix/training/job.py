@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,21 +99,37 @@ class OutputDirectory:
         write_atomically(self.path / "result.json", json.dumps(result, indent=1) + "\n")
 
 
-class MetricsFile:
-    """metrics.csv: a row every `every` steps and at every evaluation.
+class _StepsFile:
+    """A CSV file whose first column is the step. Steps that are done again, because a run goes on from a checkpoint or
+    returned to one, lose their rows."""
 
-    A run that goes on from a checkpoint removes the rows of the steps that it repeats.
-    """
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last: float = math.inf
+
+    def reach(self, step: int) -> None:
+        """A step is done; to be told of every one."""
+        if step <= self._last:
+            _keep_before(self.path, step)
+        self._last = step
+
+    def append(self, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Rows, complete on disk before the next checkpoint is written."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerows([header, *rows] if new else rows)
+
+
+class MetricsFile(_StepsFile):
+    """metrics.csv: a row every `every` steps and at every evaluation."""
 
     def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
-        self._opened = False
+        super().__init__(path)
+        self.every = every
 
     def add(self, step: Step) -> None:
-        """A row, if it is time for one; complete on disk before the next checkpoint is written."""
-        if not self._opened:
-            _keep_before(self.path, step.step)
-            self._opened = True
+        """Every step, of which some become a row."""
+        self.reach(step.step)
         if step.step % self.every and step.point is None:
             return
         row = {
@@ -125,33 +142,16 @@ class MetricsFile:
             "train_loss": step.point.train_loss if step.point else None,
             "validation": step.point.validation if step.point else None,
         }
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        self.append(list(row), [list(row.values())])
 
 
-class DiagnosticsFile:
+class DiagnosticsFile(_StepsFile):
     """diagnostics.csv: a row for every figure of every layer at an evaluation."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._opened = False
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """The figures of `formix.training.diagnostics.diagnose`, by "name/layer"."""
-        if not self._opened:
-            _keep_before(self.path, step)
-            self._opened = True
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", "figure", "layer", "value"])
-            for name, value in figures.items():
-                writer.writerow([step, *name.split("/", 1), value])
+        rows = [[step, *name.split("/", 1), value] for name, value in figures.items()]
+        self.append(["step", "figure", "layer", "value"], rows)
 
 
 def _keep_before(path: Path, step: int) -> None:
