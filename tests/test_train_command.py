@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import formix
 from formix.cli import main
 from formix.data.glue import train_wordpiece
-from formix.training import Point, Step
-from formix.training.job import DiagnosticsFile, MetricsFile
+from formix.training import Point, Step, job
+from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory
 from formix.training.trackers import Trackers
 
 SMALL = [
@@ -188,6 +188,21 @@ def test_diagnostics_have_every_layer_at_every_evaluation_and_change_nothing(tra
     for step in evaluated:
         assert {row["figure"] for row in figures if row["step"] == step} == {"rms", "spread", "active"}
     assert list((out / "tensorboard").glob("events*"))
+
+
+def test_a_second_start_leaves_the_first_alone(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    first = OutputDirectory(out)
+    first.claim({})
+    (out / "checkpoints" / ".partial-000000003").mkdir(parents=True)  # which the first is writing
+    monkeypatch.setattr(job, "PATIENCE", 0.1)
+    command = ["train", *SMALL, "--epochs=1", f"--out={out}"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.strip().endswith("another formix train is under way there; wait for it, or choose "
+        "another --out.")  # fmt: skip
+    assert (out / "checkpoints" / ".partial-000000003").is_dir()
+    first.release()
+    assert main(command) == 0
 
 
 def test_a_run_that_returns_to_a_checkpoint_leaves_no_rows_of_what_it_left(tmp_path):

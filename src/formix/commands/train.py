@@ -55,6 +55,7 @@ def train(arguments: list[str]) -> int:
             steps=job.save_steps,
             identity=job.identity(data),
         )
+        at_end.callback(out.release)
         together(lambda: out.claim(combined(job, training)), first_only=True, otherwise=f"{out.path} cannot be used")
         metrics, diagnostics = MetricsFile(out.metrics, job.log_steps), DiagnosticsFile(out.diagnostics)
         probe = data.validation.__getitems__(range(min(PROBE, len(data.validation))))

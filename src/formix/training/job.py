@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from formix.data import Data
 from formix.data.config import DataConfig
 from formix.data.masking import masked_lm
@@ -24,6 +26,9 @@ DEFINING = (
     "data", "task", "mask_probability", "design", "model", "model_args", "sequence_length", "tokenizer", "img_size",
     "validation_fraction", "test_fraction", "limit",
 )  # fmt: skip
+
+LOCK = ".lock"
+PATIENCE = 10.0  # seconds; the loader's processes of a run that was killed hold the lock for up to 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +83,31 @@ class OutputDirectory:
         self.config, self.metrics = self.path / "config.json", self.path / "metrics.csv"
         self.diagnostics = self.path / "diagnostics.csv"
         self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
-        taken = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        self._lock = FileLock(self.path / LOCK, timeout=PATIENCE)
+        taken = self.path.exists() and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir()))
         if taken and not self.config.is_file():
             raise ValueError(f"{self.path} exists and is no training run of formix's; choose another with --out.")
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Write down what runs there; a run with checkpoints stays, since they decide who may go on with it."""
+        """Write down what runs there; a run with checkpoints stays, since they decide who may go on with it.
+
+        The directory is this process's until `release`, or until the process ends.
+
+        Raises:
+            OSError: it cannot be written to, or another process has it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise OSError("another formix train is under way there; wait for it, or choose another --out") from None
         if self.config.is_file() and any(self.checkpoints.glob("step-*")):
             return
         write_atomically(self.config, json.dumps(config, indent=1) + "\n")
+
+    def release(self) -> None:
+        """Let others have the directory."""
+        self._lock.release()
 
     def finish(self, checkpoint: Path, result: dict[str, Any]) -> None:
         """Put the model of the last checkpoint in `model/`, and the result beside it."""
