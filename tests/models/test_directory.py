@@ -307,3 +307,26 @@ def test_a_failed_save_leaves_the_older_model(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         formix.save(make("vit", "sima"), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".partial"} == before
+
+
+def test_a_failed_save_of_a_text_model_leaves_the_older_one(tmp_path, monkeypatch):
+    model = make("bert", "relu")
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(before) > 3
+    save = type(model).save_pretrained
+
+    def fail(self, directory):
+        save(self, directory)
+        (directory / "model.safetensors").write_bytes(b"cut")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(model), "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        formix.save(make("bert", "sima"), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    other = make("bert", "sima")
+    formix.save(other, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert torch.equal(logits(formix.load(tmp_path), "bert"), logits(other, "bert"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def save_directory(model: nn.Module, directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file; a model is saved in a directory.")
     if not image:
-        model.save_pretrained(directory)  # type: ignore[operator]
+        _save_pretrained(model, directory)
         return
     described = model.saved_config()  # type: ignore[operator]
     for name, argument in described["model_args"].items():
@@ -41,6 +42,21 @@ def save_directory(model: nn.Module, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_model(model, str(path), metadata={"format": "pt"}))
     _replace(directory / "config.json", lambda path: path.write_text(config + "\n"))
+
+
+def _save_pretrained(model: Any, directory: Path) -> None:
+    """transformers' save_pretrained into a folder inside, then each file in its place, config.json the last."""
+    partial = directory / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        written = sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name))
+        for path in written:
+            os.replace(path, directory / path.name)
+        for stale in {*directory.glob("model*.safetensors*")} - {directory / path.name for path in written}:
+            stale.unlink()  # of an older model in another number of files
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_directory(directory: Path) -> Any:
