@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -175,6 +176,13 @@ def test_a_plan_is_printed_and_nothing_is_started(tmp_path, capsys):
     for line in ("parameters", "operations", "memory", "speed", "time"):
         assert any(row.startswith(line) for row in printed.splitlines())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_is_measured_where_the_run_will_be(monkeypatch, capsys):
+    monkeypatch.setattr("formix.training.parallel.start", lambda: SimpleNamespace(device="the GPU"))
+    monkeypatch.setattr("formix.training.plan.plan", lambda model, data, config, device: f"measured on {device}")
+    assert main(["train", *SMALL, "--plan"]) == 0
+    assert capsys.readouterr().out == "measured on the GPU\n"
 
 
 def test_diagnostics_have_every_layer_at_every_evaluation_and_change_nothing(trained, tmp_path):

@@ -41,7 +41,8 @@ def train(arguments: list[str]) -> int:
     set_seed(training.seed)
     model = build_model(data, job.model, job.model_args, job.design)
     if job.plan:
-        print(plan(model, data, training))
+        with joined() as accelerator:
+            print(plan(model, data, training, accelerator.device))
         return 0
     with contextlib.ExitStack() as at_end:
         at_end.enter_context(joined())

@@ -43,8 +43,9 @@ def peak_step_memory(model: nn.Module, data: Data, batch: Batch, precision: str 
     """Bytes of tensors alive at the worst moment of one AdamW step on `batch`: weights, gradients, optimiser state and
     activations. Counted from the tensors themselves, so that it does not depend on what else the process holds;
     scratch memory inside an operation is not seen."""
-    model = copy.deepcopy(model).train()
     device = next(model.parameters()).device
+    others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    model = copy.deepcopy(model).train()
     batch = {k: v.to(device) for k, v in batch.items()}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     half = autocast_dtype(precision)
@@ -60,7 +61,7 @@ def peak_step_memory(model: nn.Module, data: Data, batch: Batch, precision: str 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - others
     states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     with _LiveTensors([*model.parameters(), *model.buffers(), *states]) as live:
         step()

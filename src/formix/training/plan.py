@@ -54,9 +54,13 @@ class Plan:
         )
 
 
-def plan(model: nn.Module, data: Data, config: TrainConfig) -> Plan:
-    """Measure a few steps on a copy of `model` and reckon what the whole run takes; the model is left alone."""
-    probe = copy.deepcopy(model).train()
+def plan(model: nn.Module, data: Data, config: TrainConfig, device: torch.device | str | None = None) -> Plan:
+    """Measure a few steps on a copy of `model` and reckon what the whole run takes; the model is left alone.
+
+    Args:
+        device: where the run will be; None: where the model is.
+    """
+    probe = copy.deepcopy(model).to(device).train()
     if config.activation_checkpointing:
         recompute_activations(probe)
     training = augmented(data, config.augmentation, config.seed).train
@@ -64,7 +68,7 @@ def plan(model: nn.Module, data: Data, config: TrainConfig) -> Plan:
     part = max(1, min(config.batch_size // config.accumulation, size))
     indices = epoch_order(training, 0, config.seed)[:part].tolist()
     batch = training.__getitems__(indices)
-    device = next(model.parameters()).device
+    device = next(probe.parameters()).device
     optimizer = make_optimizer(probe, config)
     objective = task_objective(data, config.label_smoothing, config.loss)
     half = autocast_dtype(config.precision)
