@@ -42,21 +42,6 @@ def test_applied_weights_are_the_average_and_the_own_come_back_to_the_last_bit()
     assert torch.equal(model[0].weight, torch.full((2, 2), 0.1))
 
 
-def test_a_saved_average_goes_on_where_it_was():
-    model = model_at(1.0)
-    first = Ema(model, 0.99)
-    for _ in range(3):
-        model[0].weight.data.mul_(1.1)
-        first.update(model)
-    second = Ema(model_at(7.0), 0.99)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    model[0].weight.data.mul_(1.1)
-    first.update(model)
-    second.update(model)
-    assert second.steps == 4
-    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
-
-
 def test_a_shared_parameter_is_averaged_once():
     model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     model["b"].weight = model["a"].weight
@@ -66,5 +51,3 @@ def test_a_shared_parameter_is_averaged_once():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="ema is 1"):
         Ema(model_at(0.0), 1.0)
-    with pytest.raises(ValueError, match="another model"):
-        Ema(model_at(0.0), 0.9).load_state_dict(Ema(nn.Linear(2, 2), 0.9).state_dict())

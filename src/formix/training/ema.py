@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,20 +62,6 @@ class Ema:
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averages themselves (not copies) and the number of steps."""
-        return {"weights": self.weights, "steps": torch.tensor(self.steps)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError if the state is of a model with other weights."""
-        if state["weights"].keys() != self.weights.keys():
-            odd = sorted(state["weights"].keys() ^ self.weights.keys())
-            raise ValueError(f"This average is of another model: only one of the two has {odd[0]!r}.")
-        for name, tensor in state["weights"].items():
-            self.weights[name].copy_(tensor)
-        self.steps = int(state["steps"])
 
 
 def _averaged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
