@@ -85,7 +85,8 @@ class AugmentedImages(DrawnDataset):
     """An `ImageDataset` whose images are augmented one by one and then mixed batch by batch.
 
     An image's randomness derives from (seed, sample, draw), a batch's from (seed, first index). Mixing pairs image b of
-    a batch with image B - 1 - b; the middle one of an odd batch stays as it is.
+    a batch with image B - 1 - b; the middle one of an odd batch stays as it is. The batch is what is asked for at once:
+    in training, a process's part of a step.
     """
 
     def __init__(self, images: ImageDataset, augmentation: Augmentation, *, num_classes: int, seed: int) -> None:
@@ -110,7 +111,7 @@ class AugmentedImages(DrawnDataset):
                 varied.append(self.transform(to_pil_image(image)))
             batch = torch.stack(varied)  # float32 [B, C, H, W], normalised
             if self.mix is not None:
-                seed_all(self.seed, int(indices[0]), len(self))  # one number more than an image has: never the same key
+                seed_all(self.seed, int(indices[0]), len(self))  # where an image has its draw, which seldom gets there
                 batch, labels = self._mixed(batch, labels)
         return {"pixel_values": batch, "labels": labels}
 

@@ -74,7 +74,9 @@ def train(
 
     The order of batches and their augmentation depend on the seed alone, so models compared under one seed see the same
     batches, and so does any number of processes: a batch is divided among those that torchrun or accelerate launch
-    started. On the CPU the same seed twice gives the same weights to the last bit (with a budget in epochs).
+    started. Mixup and cutmix do depend on their number and on `accumulation`, since they mix the images that a process
+    has at once; so does BatchNorm, see `formix.training.parallel.distribute`. On the CPU the same seed twice gives the
+    same weights to the last bit (with a budget in epochs).
 
     Args:
         objective: the loss of a batch and the metric of the curve; None: those of the data's task.

@@ -66,11 +66,14 @@ def distribute(model: nn.Module, how: Parallel, device: torch.device) -> nn.Modu
     """The model on all processes: copies that average their gradients (ddp), or one in shards (fsdp, FSDP2).
 
     Sharded are the children of the layer list that holds the most parameters, one by one, and the rest as a whole. On a
-    single process the model stays as it is.
+    single process the model stays as it is. On GPUs, BatchNorm takes its statistics over all processes; PyTorch
+    has no such BatchNorm for CPUs, where each process takes those of its own part of the batch.
     """
     model.to(device)
     if process_count()[1] == 1:
         return model
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if how == "ddp":
         warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         devices = [device] if device.type == "cuda" else None
