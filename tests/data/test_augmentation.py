@@ -2,8 +2,9 @@ import random
 
 import pytest
 import torch
+from PIL import Image
 
-from formix.data import load_data
+from formix.data import folder, load_data
 from formix.data.augmentation import Augmentation, augmented
 
 DEIT = Augmentation(crop=0.3, flip=0.5, policy="rand-m9-mstd0.5-inc1", erasing=0.25, mixup=0.8, cutmix=1.0, repeats=3)
@@ -69,6 +70,29 @@ def test_a_shift_moves_the_image_and_fills_with_zeros(digits):
     for draw in range(5):
         moved = batch_of(data, [draw * len(digits.train)])["pixel_values"][0, 0]
         assert any(torch.allclose(moved, window, atol=1e-5) for window in windows)
+
+
+@pytest.mark.parametrize("source", ["folder", "stream"])
+def test_crops_are_of_the_whole_picture_where_it_is_decoded_when_read(tmp_path, monkeypatch, source):
+    """Black pictures with white ends, which the centre cut of the other uses leaves out."""
+    monkeypatch.setenv("FORMIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder, "MEMORY_LIMIT", 0)
+    pixels = torch.zeros(16, 64, 3, dtype=torch.uint8)
+    pixels[:, :20] = pixels[:, -20:] = 255
+    for place in [f"{split}/{label}/{i}" for split in ("train", "val") for label in "ab" for i in range(9)]:
+        path = tmp_path / "data" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(path)
+    data = load_data(f"{source}:{tmp_path / 'data'}", img_size=8)
+    black = data.train.shift.amin()
+    assert (batch_of(data, range(9))["pixel_values"] <= black + 1e-3).all()
+    varied = augmented(data, Augmentation(crop=0.2), 0)
+    drawn = batch_of(varied, range(9))["pixel_values"]
+    assert drawn.shape == (9, 3, 8, 8)
+    assert (drawn > black + 1).any()
+    assert torch.equal(drawn[3], batch_of(varied, [3])["pixel_values"][0])
+    shifted = batch_of(augmented(data, Augmentation(flip=1.0), 0), range(9))["pixel_values"]
+    assert (shifted <= black + 1e-3).all()
 
 
 @pytest.mark.parametrize(

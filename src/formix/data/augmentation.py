@@ -12,6 +12,7 @@ from torch import Tensor
 
 from formix.data.base import Batch, Data
 from formix.data.draws import DrawnDataset, own_randomness, seed_all
+from formix.data.folder import DecodedWhenRead
 from formix.data.images import ImageDataset
 
 POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
@@ -21,7 +22,9 @@ POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 class Augmentation:
     """How training images are varied; the defaults vary nothing. Validation and test images are never touched."""
 
-    crop: float = 1.0  # smallest share of the image's area that a random resized crop keeps (ImageNet: 0.08); 1: off
+    # smallest share of the image's area that a random resized crop keeps (ImageNet: 0.08); 1: off. Of images that are
+    # decoded when they are read it is the whole image as stored, of others the one of the size trained on
+    crop: float = 1.0
     shift: int = 0  # random crop of the image with so many pixels of zeros around it (CIFAR: 4); instead of `crop`
     flip: float = 0.0  # probability of a horizontal flip
     policy: str | None = None  # timm's name of an auto-augment policy: "rand-m9-mstd0.5-inc1" is DeiT's RandAugment
@@ -92,6 +95,7 @@ class AugmentedImages(DrawnDataset):
     def __init__(self, images: ImageDataset, augmentation: Augmentation, *, num_classes: int, seed: int) -> None:
         self.images, self.seed, self.repeats = images, seed, augmentation.repeats
         self.transform = _transform(images, augmentation)
+        self.crops = augmentation.crop < 1
         self.num_classes = num_classes
         self.mix = _mixer(augmentation, num_classes) if augmentation.mixes else None
 
@@ -103,12 +107,16 @@ class AugmentedImages(DrawnDataset):
 
         draws = self.draws(indices)
         samples = [sample for sample, _ in draws]
-        pixels, labels = self.images.pixels[samples], self.images.labels[samples]  # uint8 [B, C, H, W], [B]
+        pixels, labels = self.images.pixels, self.images.labels[samples]  # uint8 [N, C, H, W], [B]
+        if self.crops and isinstance(pixels, DecodedWhenRead):
+            images = pixels.uncut(samples)  # which the crop brings to the size of the others
+        else:
+            images = [to_pil_image(image) for image in pixels[samples]]
         with own_randomness():
             varied = []
-            for image, (sample, draw) in zip(pixels, draws, strict=True):
+            for image, (sample, draw) in zip(images, draws, strict=True):
                 seed_all(self.seed, sample, draw)
-                varied.append(self.transform(to_pil_image(image)))
+                varied.append(self.transform(image))
             batch = torch.stack(varied)  # float32 [B, C, H, W], normalised
             if self.mix is not None:
                 seed_all(self.seed, int(indices[0]), len(self))  # where an image has its draw, which seldom gets there

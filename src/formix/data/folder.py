@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tarfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ class EncodedImage(NamedTuple):
     def readable(self) -> bool:
         """Whether `decode` can read it."""
         try:
-            self._rgb()
+            self.rgb()
         except ValueError:
             return False
         return True
@@ -55,12 +56,13 @@ class EncodedImage(NamedTuple):
         """uint8 [3, H, W]: RGB, the shorter side scaled and the centre cut out; ValueError if it cannot be read."""
         from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-        image = self._rgb()
+        image = self.rgb()
         if image.size != size[::-1]:
             image = center_crop(resize(image, min(size)), list(size))
         return pil_to_tensor(image)
 
-    def _rgb(self) -> Image.Image:
+    def rgb(self) -> Image.Image:
+        """The image as it is stored, uncut; ValueError if it cannot be read."""
         image = self.open()
         try:
             return image.convert("RGB")
@@ -72,15 +74,32 @@ class EncodedImage(NamedTuple):
         return f"The image {self.name!r} cannot be read ({reason}); repair or remove it, or use on_bad_sample=skip."
 
 
-class DecodedWhenRead:
+class DecodedWhenRead(ABC):
     """Images [N, 3, H, W] of files, decoded at every access."""
+
+    size: tuple[int, int]
+    shape: Sequence[int]
+
+    @abstractmethod
+    def file(self, index: int) -> EncodedImage: ...
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self.file(index).decode(self.size) for index in indices])
+
+    def uncut(self, indices: Sequence[int]) -> list[Image.Image]:
+        """The whole images, RGB, each in its own size."""
+        return [self.file(index).rgb() for index in indices]
+
+
+class ListedImages(DecodedWhenRead):
+    """Images of a list of files."""
 
     def __init__(self, files: Sequence[EncodedImage], size: tuple[int, int]) -> None:
         self.files, self.size = files, size
         self.shape = (len(files), 3, *size)
 
-    def __getitem__(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.files[index].decode(self.size) for index in indices])
+    def file(self, index: int) -> EncodedImage:
+        return self.files[index]
 
 
 def load_folder(request: Request) -> Data:
@@ -131,7 +150,7 @@ def encoded_image_data(
     everything = [file for split in SPLITS for file in files[split]]
     size = (request.img_size, request.img_size) if request.img_size else _common_size(everything)
     in_memory = len(everything) * 3 * size[0] * size[1] <= MEMORY_LIMIT
-    reader = _decode_all if in_memory else DecodedWhenRead
+    reader = _decode_all if in_memory else ListedImages
     splits: list[tuple[Pixels, Tensor]] = [(reader(files[s], size), torch.from_numpy(labels[s])) for s in SPLITS]
     steps = [
         provenance["preprocessing"],

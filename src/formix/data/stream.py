@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
 
 from formix.data.base import SPLITS, Data, Request
-from formix.data.folder import DEFAULT_SIZE, EncodedImage
+from formix.data.folder import DEFAULT_SIZE, DecodedWhenRead, EncodedImage
 from formix.data.images import image_data
 from formix.data.unreadable import CHUNK, count_skipped, readable, refuse_loss
 
@@ -36,7 +35,7 @@ PARTS: dict[str, type] = {"names": np.uint8, "offsets": np.int64, "labels": np.i
 Index = dict[str, np.ndarray]
 
 
-class StreamedImages:
+class StreamedImages(DecodedWhenRead):
     """Images [N, 3, H, W] behind an index on disk."""
 
     def __init__(self, index: Index, rows: np.ndarray | None, root: Path, size: tuple[int, int]) -> None:
@@ -48,9 +47,6 @@ class StreamedImages:
         row = index if self.rows is None else int(self.rows[index])
         begin, end = self.index["offsets"][row : row + 2]
         return _file(self.root, os.fsdecode(self.index["names"][begin:end].tobytes()))
-
-    def __getitem__(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.file(index).decode(self.size) for index in indices])
 
 
 def load_stream(request: Request) -> Data:
