@@ -113,6 +113,14 @@ def test_wrong_values_are_named(wrong, named):
         Augmentation(**wrong)
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-p1-inc1", "rand-m0-p1", "original", "v0", "augmix-m10"])
+def test_policies_run_at_their_greatest_magnitude(digits, policy):
+    images = augmented(digits, Augmentation(policy=policy), 0).train
+    for draw in range(4):
+        batch = images.__getitems__([image + draw * len(images) for image in range(32)])
+        assert batch["pixel_values"].isfinite().all()
+
+
 def test_a_policy_that_timm_does_not_know_and_data_without_images_are_refused(digits, tmp_path):
     with pytest.raises(ValueError, match="rand-q9"):
         augmented(digits, Augmentation(policy="rand-q9"), 0)

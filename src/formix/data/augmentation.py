@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,11 +162,31 @@ def _transform(images: ImageDataset, augmentation: Augmentation) -> Callable[[An
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"augmentation: timm cannot make the policy {augmentation.policy!r}: {error}") from None
     steps = transform.transforms
+    _posterize_to_black(steps)
     if augmentation.crop == 1:
         steps = steps[1:]  # timm always begins with a random resized crop
     if augmentation.shift:
         steps = [RandomCrop((height, width), padding=augmentation.shift), *steps]
     return Compose(steps)
+
+
+def _posterize_to_black(steps: Sequence[Any]) -> None:
+    """At their greatest magnitude timm's policies keep 0 bits of a picture, which Pillow refuses from version 13 on;
+    before, the picture became black, and here it still does."""
+    from timm.data import auto_augment
+
+    def posterize(image: Any, bits: int, **options: Any) -> Any:
+        return auto_augment.posterize(image, bits, **options) if bits else image.point(lambda _: 0)
+
+    def operations(part: Any) -> Iterator[Any]:
+        if isinstance(part, auto_augment.AugmentOp):
+            yield part
+        for inner in part if isinstance(part, list) else [*getattr(part, "ops", ()), *getattr(part, "policy", ())]:
+            yield from operations(inner)
+
+    for operation in operations(list(steps)):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = posterize
 
 
 def _mixer(augmentation: Augmentation, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
