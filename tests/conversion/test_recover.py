@@ -359,7 +359,8 @@ def test_the_command_recovers(kind: str, tmp_path, capsys, monkeypatch: pytest.M
     assert "<script" not in page
     for values in record["match_errors"].values():
         assert all(f"{value:.4f}" in page for value in values)
-    assert [row["input"] for row in record["speed"]] == ["32 tokens"]
+    window = source.config.max_position_embeddings
+    assert [row["input"] for row in record["speed"]] == ["32 tokens", f"{window} tokens"]
     assert f"{record['speed'][0]['before_ms'] / record['speed'][0]['after_ms']:.2f}" in page
     assert not (tmp_path / "out" / "recovery").exists()
     if not encoder:

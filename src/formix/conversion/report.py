@@ -46,8 +46,10 @@ def write_report(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def _inputs(source: Any, model: Any) -> list[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
     if hasattr(model, "config"):
-        limit = getattr(model.config, "max_position_embeddings", LENGTHS[-1]) or LENGTHS[-1]
-        lengths = [n for n in LENGTHS if n <= limit - 2] or [limit - 2]
+        limit = getattr(model.config, "max_position_embeddings", None) or LENGTHS[-1]
+        if model.config.model_type.endswith("roberta"):
+            limit -= model.config.pad_token_id + 1  # its positions begin after the padding's
+        lengths = sorted({min(n, limit) for n in LENGTHS})
         batches = [(f"{n} tokens", {"input_ids": torch.ones(1, n, dtype=torch.long)}) for n in lengths]
         return [(label, batch, batch) for label, batch in batches]
     own = model.img_size() if callable(getattr(model, "img_size", None)) else model.patch_embed.img_size
