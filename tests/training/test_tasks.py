@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import formix
 from formix.data import load_data
 from formix.data.masking import masked_lm
 from formix.training import evaluate, forward
@@ -93,3 +94,10 @@ def test_perplexity_is_of_the_masked_tokens_alone(text):
 def test_forward_gives_image_logits(digits, make_model):
     batch = digits.train.__getitems__([0, 1, 2])
     assert forward(make_model(), batch).shape == (3, 10)
+
+
+def test_a_cvt_gives_logits_as_timm_s_models_do():
+    sizes = {"embed_dim": [4, 4, 8], "depth": [1, 1, 1], "num_heads": [1, 1, 2]}
+    model = formix.create_model("cvt-13", "relu", in_chans=1, num_classes=10, **sizes)
+    images = load_data("digits", limit=20, img_size=32)
+    assert forward(model, images.train.__getitems__([0, 1])).shape == (2, 10)

@@ -23,11 +23,12 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """Logits: [B, classes], [B, 1] (regression) or [B, T, vocabulary]."""
     if "pixel_values" in batch:
-        return model(batch["pixel_values"])
+        output: Any = model(batch["pixel_values"])
+        return output if isinstance(output, Tensor) else output.logits  # CvT is transformers'
     inputs: dict[str, Any] = {k: batch[k] for k in MODEL_INPUTS if k in batch}
     if hasattr(whole(model), "config"):
         inputs["use_cache"] = False  # transformers' decoders keep all keys and values otherwise
-    output: Any = model(**inputs)
+    output = model(**inputs)
     return output.logits
 
 
