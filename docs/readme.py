@@ -22,7 +22,7 @@ from formix.conversion.summary import tables as conversion_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
-TABLE = re.compile(r"(<!-- (table|joint|training): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (table|joint|training): ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def tables(match: re.Match[str]) -> str:
