@@ -86,7 +86,7 @@ CASES = {
     "odd_everything": ({"b": 1, "n": 61, "m": 67, "d": 7, "dv": 21}, dict),
     "head_size_256": ({"b": 1, "h": 1, "n": 33, "d": 256}, dict),
     "head_size_1": ({"d": 1}, dict),
-    "more_than_the_cache_holds": ({"b": 2, "h": 7, "n": 1030, "d": 64}, dict),
+    "more_than_the_cache_holds": ({"b": 2, "h": 20, "n": 150, "d": 128}, dict),
     "several_key_blocks": ({"b": 1, "h": 1, "n": 50, "m": 900, "d": 33}, dict),
     "causal": ({"n": 131}, lambda: {"is_causal": True}),
     "causal_tall": ({"n": 70, "m": 40}, lambda: {"is_causal": True}),
