@@ -12,7 +12,6 @@ from torch import Tensor
 
 from formix.data.base import Batch, Data
 from formix.data.draws import DrawnDataset, own_randomness, seed_all
-from formix.data.folder import DecodedWhenRead
 from formix.data.images import ImageDataset
 
 POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
@@ -22,8 +21,8 @@ POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
 class Augmentation:
     """How training images are varied; the defaults vary nothing. Validation and test images are never touched."""
 
-    # smallest share of the image's area that a random resized crop keeps (ImageNet: 0.08); 1: off. Of images that are
-    # decoded when they are read it is the whole image as stored, of others the one of the size trained on
+    # smallest share of the image's area that a random resized crop keeps (ImageNet: 0.08); 1: off. It is of the image
+    # as it is stored, before scaling and cutting to the size trained on; crops of files are decoded at every access
     crop: float = 1.0
     shift: int = 0  # random crop of the image with so many pixels of zeros around it (CIFAR: 4); instead of `crop`
     flip: float = 0.0  # probability of a horizontal flip
@@ -107,11 +106,11 @@ class AugmentedImages(DrawnDataset):
 
         draws = self.draws(indices)
         samples = [sample for sample, _ in draws]
-        pixels, labels = self.images.pixels, self.images.labels[samples]  # uint8 [N, C, H, W], [B]
-        if self.crops and isinstance(pixels, DecodedWhenRead):
-            images = pixels.uncut(samples)  # which the crop brings to the size of the others
+        uncut, labels = self.images.uncut, self.images.labels[samples]  # [B]
+        if self.crops and uncut is not None:
+            images = uncut.whole(samples)  # which the crop brings to the size of the others
         else:
-            images = [to_pil_image(image) for image in pixels[samples]]
+            images = [to_pil_image(image) for image in self.images.pixels[samples]]
         with own_randomness():
             varied = []
             for image, (sample, draw) in zip(images, draws, strict=True):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from formix.data.base import SPLITS, Data, Request
-from formix.data.images import Pixels, image_data
+from formix.data.images import ImageDataset, Pixels, image_data
 from formix.data.unreadable import count_skipped, readable, refuse_loss
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class DecodedWhenRead(ABC):
     def __getitem__(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self.file(index).decode(self.size) for index in indices])
 
-    def uncut(self, indices: Sequence[int]) -> list[Image.Image]:
+    def whole(self, indices: Sequence[int]) -> list[Image.Image]:
         """The whole images, RGB, each in its own size."""
         return [self.file(index).rgb() for index in indices]
 
@@ -148,7 +148,8 @@ def encoded_image_data(
     files = {split: [files["train"][i] for i in rows[split]] if split in rows else files[split] for split in SPLITS}
     labels = {split: labels["train"][rows[split]] if split in rows else labels[split] for split in SPLITS}
     everything = [file for split in SPLITS for file in files[split]]
-    size = (request.img_size, request.img_size) if request.img_size else _common_size(everything)
+    common = None if request.img_size else _common_size(everything)
+    size = common or (request.img_size or DEFAULT_SIZE,) * 2
     in_memory = len(everything) * 3 * size[0] * size[1] <= MEMORY_LIMIT
     reader = _decode_all if in_memory else ListedImages
     splits: list[tuple[Pixels, Tensor]] = [(reader(files[s], size), torch.from_numpy(labels[s])) for s in SPLITS]
@@ -159,6 +160,9 @@ def encoded_image_data(
         "decoded once" if in_memory else "decoded when read",
     ]
     data = image_data(request.name, splits, class_names, {**provenance, "preprocessing": "; ".join(steps)})
+    if size != common:
+        assert isinstance(data.train, ImageDataset)
+        data.train.uncut = ListedImages(files["train"], size)
     if any(skipped.values()):  # pixels that are not in memory are not in the hash
         data.provenance["sha256"] = hashlib.sha256(f"{data.provenance['sha256']} {skipped}".encode()).hexdigest()
     return data
@@ -240,10 +244,10 @@ def _splits(
     return {"train": samples}, "a folder per class"
 
 
-def _common_size(files: Sequence[EncodedImage]) -> tuple[int, int]:
-    """Height and width if all images agree, else the default square."""
+def _common_size(files: Sequence[EncodedImage]) -> tuple[int, int] | None:
+    """Height and width, if all images agree."""
     sizes = {file.open().size[::-1] for file in files}
-    return sizes.pop() if len(sizes) == 1 else (DEFAULT_SIZE, DEFAULT_SIZE)
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _decode_all(files: Sequence[EncodedImage], size: tuple[int, int]) -> Tensor:

@@ -27,10 +27,13 @@ class Pixels(Protocol):
 
 
 class ImageDataset(BatchDataset):
-    """Images `pixels` uint8 [N, C, H, W] and `labels` [N]; batches are (pixels - mean) / std, with mean, std [C]."""
+    """Images `pixels` uint8 [N, C, H, W] and `labels` [N]; batches are (pixels - mean) / std, with mean, std [C].
 
-    def __init__(self, pixels: Pixels, labels: Tensor, mean: Tensor, std: Tensor) -> None:
-        self.pixels, self.labels = pixels, labels.long()
+    `uncut` are the same images whole (`formix.data.folder.DecodedWhenRead`), where pixels may be a part of them.
+    """
+
+    def __init__(self, pixels: Pixels, labels: Tensor, mean: Tensor, std: Tensor, uncut: Any = None) -> None:
+        self.pixels, self.labels, self.uncut = pixels, labels.long(), uncut
         self.scale = (1 / std)[:, None, None]  # [C, 1, 1]
         self.shift = (-mean / std)[:, None, None]
 
@@ -51,7 +54,7 @@ class ImageDataset(BatchDataset):
         if channels != len(mean):
             assert isinstance(pixels, Tensor)  # only RGB is decoded when read
             pixels = pixels.expand(-1, len(mean), -1, -1)
-        return ImageDataset(pixels, self.labels, torch.tensor(mean) * 255, torch.tensor(std) * 255)
+        return ImageDataset(pixels, self.labels, torch.tensor(mean) * 255, torch.tensor(std) * 255, self.uncut)
 
 
 def image_data(

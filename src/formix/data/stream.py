@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from formix.data.base import SPLITS, Data, Request
 from formix.data.folder import DEFAULT_SIZE, DecodedWhenRead, EncodedImage
-from formix.data.images import image_data
+from formix.data.images import ImageDataset, image_data
 from formix.data.unreadable import CHUNK, count_skipped, readable, refuse_loss
 
 _log = logging.getLogger("formix")
@@ -78,6 +78,8 @@ def load_stream(request: Request) -> Data:
     if request.on_bad_sample == "skip":
         provenance["skipped"] = count_skipped(request.name, skipped)
     data = image_data(request.name, parts, names, provenance)
+    assert isinstance(data.train, ImageDataset)
+    data.train.uncut = data.train.pixels
     data.provenance["sha256"] = digest  # of the names and labels; the pixels are not read for it
     return data
 
