@@ -14,5 +14,3 @@ static inline long parts_for(long tasks, long threads, long pieces, bool uneven)
 static inline long tasks_at_once(long tasks, long threads, long tokens, bool uneven) {
   return uneven || tokens > 1024 ? 1 : (tasks + threads - 1) / threads;
 }
-
-constexpr long L2_BYTES = 1200000;  // what a thread can count on: 2 MB come with tiles, 1 or 2 MB with AVX-512
