@@ -113,7 +113,7 @@ def test_matching_trains_every_layer_on_the_teachers_input_alone() -> None:
     first = layers(model)[0]
     before = distillation.match(model, batch)
     with torch.no_grad():
-        first.ffn_out.weight.mul_(5.0)  # the second layer would read something else
+        first.block.output.dense.weight.mul_(5.0)  # the second layer would read something else
     torch.testing.assert_close(distillation.match(model, batch), before)
 
 

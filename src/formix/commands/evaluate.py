@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +89,7 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
     """
     from formix.data import IMAGES
     from formix.models.image import image_size
+    from formix.models.text import positions
     from formix.training.job import JobConfig
 
     fields = {f.name for f in dataclasses.fields(JobConfig)} - {"model"}
@@ -109,8 +109,9 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
             f"The model in {config.model} was trained with a vocabulary of the sentences of {trained['data']!r}, "
             f"and another {changed[0]} makes another one; train it with a --tokenizer to use it elsewhere."
         )
-    if config.sequence_length is not None and config.sequence_length > (room := _positions(model)):
-        raise ValueError(f"sequence_length is {config.sequence_length}; the model in {config.model} has {room:g}.")
+    room = None if task == "image-classification" else positions(model.config)
+    if room is not None and (config.sequence_length or 0) > room:
+        raise ValueError(f"sequence_length is {config.sequence_length}; the model in {config.model} has {room}.")
     return JobConfig(**settings)
 
 
@@ -121,15 +122,6 @@ def _task(model: Any) -> str:
     from formix.models.text import FAMILIES
 
     return next(task for _, kinds in FAMILIES.values() for task, kind in kinds.items() if type(model) is kind)
-
-
-def _positions(model: Any) -> float:
-    """How many tokens a model has positions for."""
-    config = getattr(model, "config", None)
-    if config is None or config.model_type in ("formix_llama", "formix_cvt"):
-        return math.inf
-    first = config.pad_token_id + 1 if config.model_type == "formix_roberta" else 0  # where RoBERTa's begin
-    return config.max_position_embeddings - first
 
 
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:

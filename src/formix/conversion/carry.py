@@ -19,6 +19,7 @@ from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
 from formix.conversion.weight_map import forward
 from formix.design import Design
+from formix.models.image import image_size
 
 _log = logging.getLogger("formix")
 TOKENS = 128  # of the sequence on which a text model's operations are counted
@@ -271,12 +272,13 @@ def _fold_norms(target: nn.Module, state: Mapping[str, Tensor], done: set[str]) 
 def example_input(model: Any, family: str) -> tuple[Any, str]:
     """A batch of one on which operations are counted, and what it is."""
     if hasattr(model, "config"):
-        limit = getattr(model.config, "max_position_embeddings", TOKENS) or TOKENS
-        tokens = min(TOKENS, limit - 2 if family == "roberta" else limit)
+        from formix.models.text import positions
+
+        tokens = min(TOKENS, positions(model.config) or TOKENS)
         ids = torch.zeros(1, tokens, dtype=torch.long)
         more = {"use_cache": False} if family in ("gpt2", "llama") else {}
         return {"input_ids": ids, **more}, f"{tokens} tokens"
-    size = model.img_size() if callable(getattr(model, "img_size", None)) else model.patch_embed.img_size
+    size: Any = image_size(model)
     return torch.zeros(1, model.in_chans, *size), f"an image of {size[0]} x {size[1]}"
 
 

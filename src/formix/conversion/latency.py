@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from formix.benchmarks import count_flops
+from formix.models.image import image_size
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -63,8 +64,7 @@ class ConvertedCase:
     def _inputs(self, model: Any, dtype: torch.dtype) -> dict[str, Tensor] | Tensor:
         if self.tokens is not None:
             return {"input_ids": torch.randint(0, model.config.vocab_size, (self.batch, self.tokens))}
-        own = model.img_size() if callable(getattr(model, "img_size", None)) else model.patch_embed.img_size
-        size = own if self.img_size is None else (self.img_size, self.img_size)
+        size: Any = image_size(model) if self.img_size is None else (self.img_size, self.img_size)
         return torch.randn(self.batch, model.in_chans, *size).to(dtype)
 
 

@@ -24,6 +24,7 @@ from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.base import SPLITS
+from formix.models.image import image_size
 from formix.training.parallel import start
 
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
@@ -120,11 +121,11 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
 
 
 def _images(model: Any, recovery: Recovery) -> Data:
-    own = model.img_size() if callable(getattr(model, "img_size", None)) else tuple(model.patch_embed.img_size)
+    own: Any = image_size(model)
     size = recovery.img_size or own[0]
     patch = model.patch_embed.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
-    if not getattr(model, "dynamic_img_size", False) and (size, size) != tuple(own):
+    if not getattr(model, "dynamic_img_size", False) and (size, size) != own:
         raise ValueError(f"img_size is {size}; this model reads images of {own[0]} x {own[1]} alone.")
     if size % patch:
         raise ValueError(f"img_size is {size}; it must be a multiple of the model's patch, {patch}.")

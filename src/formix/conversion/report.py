@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from formix.benchmarks import interleaved_medians
 from formix.benchmarks.memory import peak_growth
+from formix.models.image import image_size
 from formix.records import write_atomically
 
 LENGTHS = (32, 128, 512)  # tokens, as far as the model has positions
@@ -46,13 +47,12 @@ def write_report(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def _inputs(source: Any, model: Any) -> list[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
     if hasattr(model, "config"):
-        limit = getattr(model.config, "max_position_embeddings", None) or LENGTHS[-1]
-        if model.config.model_type.endswith("roberta"):
-            limit -= model.config.pad_token_id + 1  # its positions begin after the padding's
-        lengths = sorted({min(n, limit) for n in LENGTHS})
+        from formix.models.text import positions
+
+        lengths = sorted({min(n, positions(model.config) or n) for n in LENGTHS})
         batches = [(f"{n} tokens", {"input_ids": torch.ones(1, n, dtype=torch.long)}) for n in lengths]
         return [(label, batch, batch) for label, batch in batches]
-    own = model.img_size() if callable(getattr(model, "img_size", None)) else model.patch_embed.img_size
+    own: Any = image_size(model)
     stock = hasattr(source, "config")
     patch = model.patch_embed.patch_size[0] if not isinstance(model.patch_embed.patch_size, int) else own[0]
     free = bool(getattr(model, "dynamic_img_size", False))

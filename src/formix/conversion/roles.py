@@ -25,7 +25,6 @@ class Layer:
     heads: int
     norms: tuple[Any, Any]
     ffn_in: tuple[Any, ...]  # the linear layers that read the FFN's input
-    ffn_out: Any
     trunk: str  # "pre" or "post": where the family has its norms
 
     @property
@@ -54,7 +53,7 @@ def _layer(name: str, block: Any) -> Layer | None:
         fc1 = getattr(mlp, "fc1", None)
         return Layer(
             name, block, block.layer_design, attn, out, getattr(attn, "num_heads", 0),
-            (block.norm1, block.norm2), () if fc1 is None else (fc1,), getattr(mlp, "fc2", None), "pre",
+            (block.norm1, block.norm2), () if fc1 is None else (fc1,), "pre",
         )  # fmt: skip
     if kind == "XCABlock":
         attn = block.attn
@@ -62,7 +61,7 @@ def _layer(name: str, block: Any) -> Layer | None:
         design = LayerDesign(mixer=own, layout=_SERIES, index=int(name.rsplit(".", 1)[1]))
         return Layer(
             name, block, design, attn, attn.proj, attn.num_heads,
-            (block.norm1, block.norm2), (block.mlp.fc1,), block.mlp.fc2, "pre",
+            (block.norm1, block.norm2), (block.mlp.fc1,), "pre",
         )  # fmt: skip
     if kind == "FormixBertLayer":
         attention = block.attention
@@ -73,21 +72,20 @@ def _layer(name: str, block: Any) -> Layer | None:
             name, block, block.layer_design, unit if unit is not None else self_attention,
             None if unit is not None else attention.output.dense, getattr(self_attention, "num_heads", 0),
             (attention.output.LayerNorm, block.output.LayerNorm if ffn else None),
-            (block.intermediate.dense,) if ffn else (), block.output.dense if ffn else None, "post",
+            (block.intermediate.dense,) if ffn else (), "post",
         )  # fmt: skip
     if kind == "FormixGPT2Block":
         attn, gated = block.attn, not hasattr(block.attn, "c_proj")
         return Layer(
             name, block, block.layer_design, attn, None if gated else attn.c_proj, getattr(attn, "num_heads", 0),
-            (block.ln_1, block.ln_2), () if block.mlp is None else (block.mlp.c_fc,),
-            None if block.mlp is None else block.mlp.c_proj, "pre",
+            (block.ln_1, block.ln_2), () if block.mlp is None else (block.mlp.c_fc,), "pre",
         )  # fmt: skip
     if kind == "FormixLlamaDecoderLayer":
         attn, mlp = block.self_attn, block.mlp
         return Layer(
             name, block, block.layer_design, attn, getattr(attn, "o_proj", None), getattr(attn, "num_heads", 0),
             (block.input_layernorm, block.post_attention_layernorm),
-            () if mlp is None else (mlp.gate_proj, mlp.up_proj), None if mlp is None else mlp.down_proj, "pre",
+            () if mlp is None else (mlp.gate_proj, mlp.up_proj), "pre",
         )  # fmt: skip
     return None
 

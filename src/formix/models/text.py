@@ -241,6 +241,14 @@ _LAYERS = {
 }  # the path of a family's layers
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a model has positions for; None: any number, by rotation. RoBERTa's follow the padding's."""
+    if config.model_type == "formix_llama":
+        return None
+    before = config.pad_token_id + 1 if config.model_type == "formix_roberta" else 0
+    return config.max_position_embeddings - before
+
+
 def _class_for(family: str, task: str) -> Any:
     classes = FAMILIES[family][1]
     if task not in classes:
