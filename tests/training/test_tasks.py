@@ -1,8 +1,11 @@
+import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import matthews_corrcoef
 from torch import nn
 
 import formix
@@ -53,6 +56,19 @@ def test_accuracy_counts_every_sample_once_and_restores_the_mode(digits, make_mo
         for i in range(len(digits.test))
     ]
     assert accuracy == pytest.approx(torch.stack(hits).double().mean().item())
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_correlation_is_that_of_scikit_learn_and_zero_for_one_and_the_same_answer(digits, make_model, constant):
+    model, test = make_model(num_classes=2).eval(), copy.copy(digits.test)
+    test.labels = (test.labels < 3).long()
+    data = dataclasses.replace(digits, test=test, num_classes=2, metric="matthews_corrcoef")
+    if constant:
+        model.get_classifier().weight.data.zero_()
+    predicted = [model(test[i]["pixel_values"][None]).argmax().item() for i in range(len(test))]
+    assert (len(set(predicted)) == 1) == constant
+    expected = matthews_corrcoef(test.labels, predicted)
+    assert evaluate(model, data, "test") == pytest.approx(0 if constant else expected)
 
 
 def test_losses_of_the_tasks(digits):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.functional import matthews_corrcoef, spearman_corrcoef
+from torchmetrics.functional import spearman_corrcoef
 
 from formix.data import Batch, BatchDataset, Data, collate
 from formix.training.config import Loss
@@ -105,8 +105,9 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
     if data.metric == "accuracy":
         return (predicted == expected).double().mean().item()
     if data.metric == "matthews_corrcoef":
-        assert data.num_classes is not None
-        return matthews_corrcoef(predicted, expected, task="multiclass", num_classes=data.num_classes).item()
+        from sklearn.metrics import matthews_corrcoef  # GLUE's; torchmetrics' is not 0 for one and the same answer
+
+        return float(matthews_corrcoef(expected.numpy(), predicted.numpy()))
     return spearman_corrcoef(predicted, expected).item()
 
 
