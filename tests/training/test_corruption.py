@@ -94,7 +94,7 @@ def test_the_run_goes_on_from_the_one_before_and_ends_the_same(run, original, tm
         model, _ = run(directory)
     assert len(caplog.messages) == 1
     assert path.name in caplog.text
-    assert "is kept as aside-step-000000004" in caplog.text
+    assert "is set aside as aside-step-000000004" in caplog.text
     assert {p: p.read_bytes() for p in files(directory / "step-000000002")} == before
     undisturbed = load_file(original / "step-000000004" / "model" / "model.safetensors")
     assert all(undisturbed[key].equal(tensor) for key, tensor in model.state_dict().items())

@@ -157,7 +157,7 @@ def test_weights_that_are_spoilt_in_the_checkpoint_are_left_for_those_before(tmp
     model = make_model()
     result = train(model, digits, config, objective=objective, checkpoints=checkpoints)
     assert (result.diverged, result.rewinds, result.curve[-1].step) == (None, 2, 12)
-    assert "step-000000006 is damaged: the run diverged from it again" in caplog.text
+    assert "aside-step-000000006: the run diverged from it again" in caplog.text
     assert all(tensor.isfinite().all() for tensor in states(model))
     assert (tmp_path / "aside-step-000000006").is_dir()
     assert Checkpoints(tmp_path).open() == tmp_path / "step-000000012"

@@ -218,7 +218,7 @@ class Checkpoints:
             if problem is None:
                 for useless, problem in problems.items():
                     kept = self._set_aside(useless).name
-                    _log.warning("%s is damaged: %s; %s is used, and it is kept as %s.", useless, problem, path, kept)
+                    _log.warning("%s is set aside as %s: %s; %s is used.", useless, kept, problem, path)
                 return path
             problems[path] = problem
         return None
