@@ -3,7 +3,8 @@
 Between `<!-- table: results.json ... -->` and `<!-- end -->` stand the Markdown tables of those files, which
 `formix compare` or `formix bench targets` wrote, or of a directory that `formix convert --record` wrote;
 `<!-- joint: results.json ... -->` joins the files of comparisons in one table, and `<!-- training: DIRECTORY ... -->`
-makes one of what `formix train` left there (config.json and result.json).
+makes one of what `formix train` left there (config.json and result.json), `<!-- overhead: FILE ... -->` one of what
+scripts/train_overhead.py wrote.
 `--check` only says whether the tables still are those of the files.
 """
 
@@ -22,19 +23,22 @@ from formix.conversion.summary import tables as conversion_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
-TABLE = re.compile(r"(<!-- (table|joint|training): ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (table|joint|training|overhead): ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def tables(match: re.Match[str]) -> str:
     """The tables of the files that a marker names."""
     begin, kind, files, end = match.groups()
     paths = [ROOT / file for file in files.split()]
-    if kind == "joint":
-        return f"{begin}\n{joint_markdown([read_results(path) for path in paths])}\n{end}"
-    if kind == "training":
-        return f"{begin}\n{_training(paths)}\n{end}"
-    parts = [f"{_table(path).strip()}\n" for path in paths]
-    return f"{begin}\n" + "\n".join(parts) + f"\n{end}"
+    return f"{begin}\n{KINDS[kind](paths)}\n{end}"
+
+
+def _tables(paths: list[Path]) -> str:
+    return "\n".join(f"{_table(path).strip()}\n" for path in paths)
+
+
+def _joint(paths: list[Path]) -> str:
+    return joint_markdown([read_results(path) for path in paths])
 
 
 def _table(path: Path) -> str:
@@ -60,6 +64,20 @@ def _training(directories: list[Path]) -> str:
         cells += [f"{result[name]:.4f}" for name in ("validation", "test", "chance")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _overhead(files: list[Path]) -> str:
+    lines = ["| task | loop | speed | of the bare loop |", "| --- | --- | ---: | ---: |"]
+    for file in files:
+        result = json.loads(file.read_text())
+        for name, speed in result["speed"].items():
+            lines.append(
+                f"| {result['task']} | {name} | {speed:,.1f} {result['unit']} | {result['to bare'][name]:.3f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+KINDS = {"table": _tables, "joint": _joint, "training": _training, "overhead": _overhead}
 
 
 def main() -> int:
