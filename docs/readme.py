@@ -70,10 +70,9 @@ def _overhead(files: list[Path]) -> str:
     lines = ["| task | loop | speed | of the bare loop |", "| --- | --- | ---: | ---: |"]
     for file in files:
         result = json.loads(file.read_text())
+        task = f"{result['task']} ({result['threads']} threads, {result['rounds']} rounds)"
         for name, speed in result["speed"].items():
-            lines.append(
-                f"| {result['task']} | {name} | {speed:,.1f} {result['unit']} | {result['to bare'][name]:.3f} |"
-            )
+            lines.append(f"| {task} | {name} | {speed:,.1f} {result['unit']} | {result['to bare'][name]:.3f} |")
     return "\n".join(lines) + "\n"
 
 
