@@ -92,13 +92,14 @@ static void pack_transposed(const FormixTensor &t, int64_t type, long b, long h,
 
 // Elements d ... d + W of two rows of bf16, side by side.
 static INLINE vu read_pair(const void *low, const void *high, int n, int d) {
-  uint16_t rest[2][W] = {};
+  auto pair = [](const uint16_t *a, const uint16_t *b) {
+    return widen(*(const vh_at *)a) | (widen(*(const vh_at *)b) << 16);
+  };
   auto a = (const uint16_t *)low + d, b = (const uint16_t *)high + d;
-  if (d + W > n) {
-    for (int i = 0; d + i < n; i++) rest[0][i] = a[i], rest[1][i] = b[i];
-    a = rest[0], b = rest[1];
-  }
-  return __builtin_convertvector(*(const vh_at *)a, vu) | (__builtin_convertvector(*(const vh_at *)b, vu) << 16);
+  if (d + W <= n) return pair(a, b);
+  uint16_t rest[2][W] = {};
+  for (int i = 0; d + i < n; i++) rest[0][i] = a[i], rest[1][i] = b[i];
+  return pair(rest[0], rest[1]);
 }
 
 // Tokens left out by a padding mask: null if there are none.

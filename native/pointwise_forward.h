@@ -41,7 +41,7 @@ template <class T> struct PointwiseForward {
   // product, whose store knows relu.
   const bool linear, relu_in_place;
   float after;  // the factor at the end, besides L^-a
-  const bool far;  // the inputs do not fit L2, so that with tiles they are asked for in time
+  const bool far;  // the inputs are several times as large as L2: with tiles they are asked for in time
   long next_b = -1, next_g = 0;  // whose keys this thread packs next; -1: nobody's
   unit *K, *V, *Q;
   float *S;
@@ -59,7 +59,7 @@ template <class T> struct PointwiseForward {
         one_block(p.Nk <= block_keys), keys_held(one_block ? round_up(p.Nk, NR) : block_keys),
         ld_v(T::tiles ? W : Dvp), linear(p.scale > 0 && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)),
         relu_in_place(linear && p.activation == FORMIX_RELU && T::per_unit == 1), after(linear ? (float)p.scale : 1.0f),
-        far((p.Hq * p.Nq + p.Hkv * p.Nk) * p.B * (D + Dv) * element_size(p.type) > p.threads * L2_BUDGET) {}
+        far((p.Hq * p.Nq + p.Hkv * p.Nk) * p.B * (D + Dv) * element_size(p.type) > 4 * p.threads * L2_BUDGET) {}
 
   // Lays out the working memory; with memory = null only measures it.
   long lay_out(float *memory) {

@@ -64,11 +64,27 @@ static INLINE vf vmin(vf a, vf x) {
 static INLINE vf vabs(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 static INLINE vf keep(vi condition, vf x) { return (vf)((vi)x & condition); }  // x where the condition is ~0, else 0
 
+// Unsigned 16 -> 32 bits and back, dropping the high ones. (GCC 12 makes two halves of a conversion to 512 bits.)
+static INLINE vu widen(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+static INLINE vh narrow(vu x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, vh);
+#endif
+}
+
 // bf16 <-> fp32, rounding to nearest even; a NaN stays one.
-static INLINE vf from_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+static INLINE vf from_bf16(vh x) { return (vf)(widen(x) << 16); }
 static INLINE vu bf16_bits(vf x) {  // in the low half of each lane
 #if defined(__AVX512BF16__)
-  return __builtin_convertvector((vh)_mm512_cvtneps_pbh((__m512)x), vu);
+  return widen((vh)_mm512_cvtneps_pbh((__m512)x));
 #else
   vu u = (vu)x;
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -79,7 +95,7 @@ static INLINE vh to_bf16(vf x) {
 #if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
-  return __builtin_convertvector(bf16_bits(x), vh);
+  return narrow(bf16_bits(x));
 #endif
 }
 #if defined(__AVX512BF16__)
@@ -94,7 +110,7 @@ static INLINE vu bf16_interleaved(vf low, vf high) {  // low[0], high[0], low[1]
 #endif
 // fp16 <-> fp32 by integer arithmetic (Giesen): works without F16C and on any compiler.
 static INLINE vf from_f16(vh h) {
-  vu x = __builtin_convertvector(h, vu);
+  vu x = widen(h);
   vu magnitude = (x & 0x7fffu) << 13;
   vf value = (vf)magnitude * 0x1p112f;  // moves the exponent; turns subnormals into normal numbers
   vu special = (vu)((vi)(magnitude >= (0x7c00u << 13)));  // inf and NaN
@@ -107,7 +123,7 @@ static INLINE vh to_f16(vf f) {
   vu result = (vu)((vi)(x < (113u << 23))) ? small : normal;
   result = (vu)((vi)(x >= (143u << 23))) ? (vu{} + 0x7c00u) : result;
   result = (vu)((vi)(x > (255u << 23))) ? (vu{} + 0x7e00u) : result;
-  return __builtin_convertvector(result | (sign >> 16), vh);
+  return narrow(result | (sign >> 16));
 }
 
 // In place transposition of a W x W block of 32-bit lanes: swap off-diagonal halves, quarters, ...
