@@ -18,8 +18,8 @@ def interleaved_times(
     warm_up: int = 2,
     turn: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Times of each call in seconds, the calls taken in turn so that all see the same state of the machine. Every second
-    round goes backwards: none always follows the one that leaves the processor hot and slow.
+    """Times of each call in seconds, the calls taken in turn so that all see the same state of the machine. Every
+    second round goes backwards, so that none always follows the one that leaves the processor hot and slow.
 
     Args:
         calls: name -> function.
