@@ -80,7 +80,7 @@ struct Visibility {  // for one (batch, query head)
       const uint8_t *m = bytes(i, from, to, copy);
       long j = 0, n = to - from;
       for (; j + W <= n; j += W) {
-        vi seen = (vi)(__builtin_convertvector(*(const vb_at *)(m + j), vu) != 0u);
+        vi seen = (vi)(widen(*(const vb_at *)(m + j)) != 0u);
         (store(x + j, keep(seen, load(x + j))), ...);
       }
       for (; j < n; j++)

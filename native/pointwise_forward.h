@@ -41,7 +41,7 @@ template <class T> struct PointwiseForward {
   // product, whose store knows relu.
   const bool linear, relu_in_place;
   float after;  // the factor at the end, besides L^-a
-  const bool far;  // the inputs are several times as large as L2: with tiles they are asked for in time
+  const bool far;  // the inputs are so much larger than L2 that with tiles it pays to ask for them in time
   long next_b = -1, next_g = 0;  // whose keys this thread packs next; -1: nobody's
   unit *K, *V, *Q;
   float *S;

@@ -64,21 +64,16 @@ static INLINE vf vmin(vf a, vf x) {
 static INLINE vf vabs(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 static INLINE vf keep(vi condition, vf x) { return (vf)((vi)x & condition); }  // x where the condition is ~0, else 0
 
-// Unsigned 16 -> 32 bits and back, dropping the high ones. (GCC 12 makes two halves of a conversion to 512 bits.)
-static INLINE vu widen(vh x) {
+// Unsigned 8 or 16 to 32 bits, and 32 to 16, dropping the high ones. GCC 12 would cut vectors of 512 bits in pieces.
 #if defined(__AVX512F__)
-  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+static INLINE vu widen(vb x) { return (vu)_mm512_cvtepu8_epi32((__m128i)x); }
+static INLINE vu widen(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
+static INLINE vh narrow(vu x) { return (vh)_mm512_cvtepi32_epi16((__m512i)x); }
 #else
-  return __builtin_convertvector(x, vu);
+static INLINE vu widen(vb x) { return __builtin_convertvector(x, vu); }
+static INLINE vu widen(vh x) { return __builtin_convertvector(x, vu); }
+static INLINE vh narrow(vu x) { return __builtin_convertvector(x, vh); }
 #endif
-}
-static INLINE vh narrow(vu x) {
-#if defined(__AVX512F__)
-  return (vh)_mm512_cvtepi32_epi16((__m512i)x);
-#else
-  return __builtin_convertvector(x, vh);
-#endif
-}
 
 // bf16 <-> fp32, rounding to nearest even; a NaN stays one.
 static INLINE vf from_bf16(vh x) { return (vf)(widen(x) << 16); }
