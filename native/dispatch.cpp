@@ -4,13 +4,14 @@
 #include <string>
 
 #include "kernels.h"
-#include "scratch.h"
+#include "memory.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 namespace formix {
@@ -106,7 +107,24 @@ struct Memory {
   ~Memory() { std::free(data); }
 };
 thread_local Memory memory;
+
+void prefer_huge_pages(const FormixTensor &t, int64_t batch, int64_t heads, int64_t tokens, int64_t channels, int64_t type) {
+  if (!t.data || !batch || !heads || !tokens) return;
+  const int64_t elements = (batch - 1) * t.batch + (heads - 1) * t.head + (tokens - 1) * t.token + channels;
+  formix::prefer_huge_pages(t.data, size_t(elements) * (type == FORMIX_F32 ? 4 : 2));
+}
 }  // namespace
+
+void prefer_huge_pages(void *data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < size_t(4) << 20) return;
+  const size_t page = size_t(sysconf(_SC_PAGESIZE)), first = (size_t(data) + page - 1) / page * page,
+               end = (size_t(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);  // only advice: where it is refused, nothing changes
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 void *scratch(size_t bytes) {
   if (bytes > memory.size) {
@@ -135,7 +153,23 @@ int formix_set_isa(const char *name) {
 }
 const char *formix_isa() { return chosen->name; }
 
-int formix_pointwise_forward(const FormixPointwise *p) { return chosen->kernels->pointwise_forward(p); }
-int formix_pointwise_backward(const FormixPointwise *p) { return chosen->kernels->pointwise_backward(p); }
-int formix_l1_forward(const FormixL1 *p) { return chosen->kernels->l1_forward(p); }
-int formix_l1_backward(const FormixL1 *p) { return chosen->kernels->l1_backward(p); }
+int formix_pointwise_forward(const FormixPointwise *p) {
+  prefer_huge_pages(p->out, p->B, p->Hq, p->Nq, p->Dv, p->type);
+  return chosen->kernels->pointwise_forward(p);
+}
+int formix_pointwise_backward(const FormixPointwise *p) {
+  prefer_huge_pages(p->grad_q, p->B, p->Hq, p->Nq, p->D, p->type);
+  prefer_huge_pages(p->grad_k, p->B, p->Hkv, p->Nk, p->D, p->type);
+  prefer_huge_pages(p->grad_v, p->B, p->Hkv, p->Nk, p->Dv, p->type);
+  return chosen->kernels->pointwise_backward(p);
+}
+int formix_l1_forward(const FormixL1 *p) {
+  prefer_huge_pages(p->out, p->B, p->H, p->Nq, p->Dv, p->type);
+  return chosen->kernels->l1_forward(p);
+}
+int formix_l1_backward(const FormixL1 *p) {
+  prefer_huge_pages(p->grad_q, p->B, p->H, p->Nq, p->D, p->type);
+  prefer_huge_pages(p->grad_k, p->B, p->H, p->Nk, p->D, p->type);
+  prefer_huge_pages(p->grad_v, p->B, p->H, p->Nk, p->Dv, p->type);
+  return chosen->kernels->l1_backward(p);
+}

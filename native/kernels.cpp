@@ -9,7 +9,7 @@
 
 #include "formix.h"
 #include "kernels.h"
-#include "scratch.h"
+#include "memory.h"
 
 namespace {
 #include "pointwise_backward.h"

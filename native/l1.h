@@ -12,7 +12,7 @@
 
 #include "pack.h"
 #include "parts.h"
-#include "scratch.h"
+#include "memory.h"
 
 #if defined(FORMIX_TILES)
 constexpr int TOKENS = 64;  // rows of a piece

@@ -304,7 +304,11 @@ template <class T> static int pointwise_backward(const FormixPointwise &p) {
   const long parts = parts_for(pairs, p.threads, (p.Nk + block - 1) / block, false);
   const long share = PointwiseBackward<T>::query_gradient_size(p);
   float *shares = nullptr;  // of dQ, when several tasks add to one
-  if (parts > 1 && !(shares = (float *)aligned_alloc(64, (4 * pairs * parts * share + 63) / 64 * 64))) return 1;
+  if (parts > 1) {
+    const long bytes = (4 * pairs * parts * share + 63) / 64 * 64;
+    if (!(shares = (float *)aligned_alloc(64, bytes))) return 1;
+    formix::prefer_huge_pages(shares, bytes);
+  }
   const long at_once = tasks_at_once(pairs * parts, p.threads, greatest(p.Nq, p.Nk), p.causal && parts > 1);
   int failed = 0;
 #pragma omp parallel num_threads(p.threads) reduction(| : failed)

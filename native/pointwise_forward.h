@@ -10,7 +10,7 @@
 #if defined(FORMIX_TILES)
 #include "pointwise_tiles.h"
 #endif
-#include "scratch.h"
+#include "memory.h"
 
 // Gives `put` the weights h(scale * s + bias) of one row of n scores.
 template <int ACT, class Put> static INLINE void weigh(const float *s, int n, float scale, float bias, Put put) {
