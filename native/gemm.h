@@ -47,11 +47,11 @@ struct Bf16 {  // a unit is a pair of bf16 (k, k + 1)
 };
 #endif
 
-enum Store { ADD, SET, SET_RELU };  // what to do with C
+enum Store { ADD, SET, SET_RELU, SET_GATED };  // what to do with C; gated: zero where `gate`, laid out as C, is not positive
 
 template <class T, int M, int NV, bool TRANSPOSED, Store STORE>
 static __attribute__((noinline)) void gemm_block(long k, const typename T::unit *a, long lda, const typename T::unit *b,
-                                                 long ldb, float *c, long ldc) {
+                                                 long ldb, float *c, long ldc, const float *gate = nullptr) {
   vf acc[M][NV];
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++)
@@ -76,6 +76,7 @@ static __attribute__((noinline)) void gemm_block(long k, const typename T::unit 
       vf x = acc[i][j];
       if (STORE == ADD) x = x + load(p);
       if (STORE == SET_RELU) x = vmax(vf{}, x);
+      if (STORE == SET_GATED) x = keep(load(gate + i * ldc + j * W) > 0.0f, x);
       store(p, x);
     }
 }
@@ -83,10 +84,10 @@ static __attribute__((noinline)) void gemm_block(long k, const typename T::unit 
 // The same for any number of rows and one panel of up to NR columns.
 template <class T, bool TRANSPOSED, Store STORE>
 static INLINE void gemm_panel(int m, int columns, long k, const typename T::unit *a, long lda,
-                              const typename T::unit *b, long ldb, float *c, long ldc) {
+                              const typename T::unit *b, long ldb, float *c, long ldc, const float *gate = nullptr) {
 #if defined(FORMIX_TILES)
   if constexpr (T::tiles && !TRANSPOSED) {  // whole tiles by AMX; what is left of rows, columns and k by vectors, below
-    static_assert(STORE != SET_RELU);
+    static_assert(STORE == ADD || STORE == SET);
     const long k_tiles = k / TILE, rest = k % TILE;
     if (columns > W && k_tiles > 0)
       while (m >= TILE) {
@@ -107,9 +108,10 @@ static INLINE void gemm_panel(int m, int columns, long k, const typename T::unit
     constexpr int M = decltype(count)::value;
     while (m >= M) {
       if (columns > W)
-        gemm_block<T, M, 2, TRANSPOSED, STORE>(k, a, lda, b, ldb, c, ldc);
+        gemm_block<T, M, 2, TRANSPOSED, STORE>(k, a, lda, b, ldb, c, ldc, gate);
       else
-        gemm_block<T, M, 1, TRANSPOSED, STORE>(k, a, lda, b, ldb, c, ldc);
+        gemm_block<T, M, 1, TRANSPOSED, STORE>(k, a, lda, b, ldb, c, ldc, gate);
+      if (STORE == SET_GATED) gate += M * ldc;
       a += TRANSPOSED ? M : (long)M * LDA, c += M * ldc, m -= M;
     }
   };

@@ -4,6 +4,9 @@
 // Scores are computed again, so nothing of size Nq x Nk exists. Loops: a block of keys, packed once, whose dK and dV stay
 // in cache; inside, all queries that see it, a block of rows at a time; inside, strips of keys, so that scores stay close.
 // dQ is summed over key blocks in fp32.
+//
+// relu and the identity commute with a positive scale. With floats f_i scale is multiplied into dO then, so that neither P
+// = max(q_i . k_j, 0) nor dS_ij = [P_ij > 0] (dO V^T)_ij needs a pass over the scores after the two products.
 #pragma once
 #include "activation_bf16.h"
 #include "pointwise_forward.h"
@@ -61,13 +64,15 @@ static void narrow_gradients(const Bf16Activation<ACT> &f, const float *s, const
 template <class T> struct PointwiseBackward {
   using unit = typename T::unit;
   static constexpr bool pairs = T::per_unit == 2;
-  static constexpr int BLOCK = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 192 : KEYS;  // keys
+  static constexpr int BLOCK = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 192 : 96;  // keys
   static constexpr int ROWS = T::tiles ? 192 : 96;  // query rows of a block: the depth of the products P^T dO and dS^T Q
   static constexpr int STEP = T::tiles ? 32 : MR;  // rows; with tiles a block is filled up to whole ones with zeros
   const FormixPointwise &p;
   const long b, g, group;
   const int D, Dv, Dp, Dvp, units, units_v;
   const long block_keys, block_rows;
+  const bool folded;
+  long next_b = -1, next_g = 0;  // whose gradients this thread computes next; -1: nobody's
   // One block of keys.
   unit *Kt, *Vt, *K;  // panels [units of D][NR], panels [units of Dv][NR], rows [units of keys][Dp]
   float *dK, *dV;     // [keys][Dp], [keys][Dvp]
@@ -80,6 +85,7 @@ template <class T> struct PointwiseBackward {
   long ld_q, ld_do;     // between rows of Qr and dOr
   float *factor, *bias;  // [group][Nq]
   float *dQ;             // [group][Nq][Dp]
+  mutable Ahead rows_ahead;
 
   static long keys_of(const FormixPointwise &p) {
     const long wanted = (p.threads + p.B * p.Hkv - 1) / (p.B * p.Hkv);  // blocks of each head, that every thread has one
@@ -114,15 +120,19 @@ template <class T> struct PointwiseBackward {
   PointwiseBackward(const FormixPointwise &p, long b, long g)
       : p(p), b(b), g(g), group(p.Hq / p.Hkv), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)),
         units(units_of<T>(D)), units_v(units_of<T>(Dv)), block_keys(keys_of(p)),
-        block_rows(even_block(p.Nq, ROWS, STEP)) {}
+        block_rows(even_block(p.Nq, ROWS, STEP)),
+        folded(!pairs && p.scale > 0 && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)) {}
 
-  void read_rows(long h, long i0, int rows) const {
+  void read_rows(long h, long i0, int rows, const float *f) const {
     if constexpr (T::tiles)
       for (int r = rows; r < round_up(rows, STEP); r++)
         memset(Q + r * LDA, 0, sizeof(unit) * units), memset(dO + r * LDA, 0, sizeof(unit) * units_v);
     for (int r = 0; r < rows; r++) {
       read_units<T>(row_of(p.q, p.type, b, h, i0 + r), p.type, D, round_up(units, W), Q + r * LDA);
       read_units<T>(row_of(p.grad_out, p.type, b, h, i0 + r), p.type, Dv, round_up(units_v, W), dO + r * LDA);
+      if constexpr (!pairs)
+        for (int d = 0; folded && d < units_v; d += W)
+          store(dO + r * LDA + d, load(dO + r * LDA + d) * (f[r] * (float)p.scale));
     }
     if constexpr (pairs) {
       pack_rows<T>(p.q, p.type, b, h, i0, rows, D, Qr);
@@ -132,6 +142,29 @@ template <class T> struct PointwiseBackward {
         transpose_units(dOr, Dvp, (rows + 1) / 2, Dvp, dOt);
       }
     }
+  }
+
+  // Calls of `some` for a block of rows and n keys.
+  static long steps(long rows, long n) { return (T::tiles ? (rows + STEP - 1) / STEP : 1) * ((n + NR - 1) / NR); }
+  // The rows from i0 on, or those that come after the last.
+  Ahead next_rows(long e, long i0, bool again) const {
+    Ahead memory;
+    long b = this->b, h = g * group + e;
+    if (i0 >= p.Nq) {
+      i0 = 0;
+      if (e + 1 < group)
+        h++;
+      else if (again)
+        h = g * group;
+      else if (next_b >= 0)
+        b = next_b, h = next_g * group;
+      else
+        return memory;
+    }
+    const long n = least(block_rows, p.Nq - i0);
+    memory.add({p.q, p.type, b, h, 1, i0, n, D});
+    memory.add({p.grad_out, p.type, b, h, 1, i0, n, Dv});
+    return memory;
   }
 
   // S and dP of `rows` rows (and those that fill up the tiles) and n keys from j0 on, which is key `first` of the block, then P and dS.
@@ -146,12 +179,24 @@ template <class T> struct PointwiseBackward {
       if (!masked && (n == padded || j0 + n == p.Nk)) return panels(filled, n, first, scale_of);
 #endif
     for (int j = 0; j < n; j += NR) {
+      rows_ahead.some();
       int from = 0;  // rows before this panel's first key
       if (see.causal) from = greatest(0L, least((long)rows, (j0 + j - i0) / STEP * STEP));
       const long panel = (first + j) / NR, at = from * LDA + j;
       const int columns = T::tiles ? NR : n - j;  // keys that fill up a tile are zeros
+      if constexpr (!pairs)
+        if (folded && p.activation == FORMIX_RELU) {
+          gemm_panel<T, false, SET_RELU>(rows - from, columns, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
+          gemm_panel<T, false, SET_GATED>(rows - from, columns, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at,
+                                          LDA, S + at);
+          continue;
+        }
       gemm_panel<T, false, SET>(filled - from, columns, units, Q + from * LDA, 0, Kt + panel * units * NR, NR, S + at, LDA);
       gemm_panel<T, false, SET>(filled - from, columns, units_v, dO + from * LDA, 0, Vt + panel * units_v * NR, NR, dP + at, LDA);
+    }
+    if (folded) {
+      for (int r = 0; masked && r < rows; r++) see.apply(i0 + r, j0, j0 + n, S + r * LDA, dP + r * LDA);
+      return;
     }
     auto weigh = [&](auto act) {
       for (int r = 0; r < rows; r++) {
@@ -206,6 +251,7 @@ template <class T> struct PointwiseBackward {
           RowScale scales[PANEL];
           for (int r = 0; r < PANEL; r++) scales[r] = scale_of(i + r);
           for (int j = 0; j < n; j += PANEL) {
+            rows_ahead.some();
             alignas(64) float s[PANEL * PANEL], dp[PANEL * PANEL];
             const long panel = (first + j) / NR, at = i / 2 * LDA + j;
             tile_block<true, false>(units / TILE, Q + i * LDA, LDA, Kt + panel * units * NR, NR, s, PANEL);
@@ -263,7 +309,9 @@ template <class T> struct PointwiseBackward {
                     row_units = (filled + T::per_unit - 1) / T::per_unit;
           const int seen = least((long)n, see.limit_of(i0 + rows - 1) - j0);
           if (seen <= 0) continue;
-          read_rows(h, i0, rows);
+          read_rows(h, i0, rows, factor + e * p.Nq + i0);
+          rows_ahead = next_rows(e, i0 + block_rows, j0 + parts * block_keys < p.Nk);
+          rows_ahead.spread(steps(rows, seen));
           float *dq = dQ + (e * p.Nq + i0) * Dp;
           for (int s0 = 0; s0 < seen; s0 += STRIP) {
             const int strip = least(STRIP, seen - s0),
@@ -317,6 +365,8 @@ template <class T> static int pointwise_backward(const FormixPointwise &p) {
     for (long task = 0; task < pairs * parts; task++) {
       const long pair = task / parts;
       PointwiseBackward<T> backward(p, pair / p.Hkv, pair % p.Hkv);
+      const long next = task + (at_once > 1 ? 1 : p.threads);  // as a rule
+      if (parts == 1 && next < pairs) backward.next_b = next / p.Hkv, backward.next_g = next % p.Hkv;
       float *own = shares ? shares + task * share : nullptr;
       auto *memory = (float *)formix::scratch(4 * backward.lay_out(nullptr, own));
       if (!memory) {
