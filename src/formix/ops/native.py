@@ -13,10 +13,8 @@ from torch import Tensor
 from formix.ops import repeated
 from formix.ops.native_library import (
     L1,
-    L1_TENSORS,
     POINTWISE,
-    POINTWISE_TENSORS,
-    TENSOR_BYTES,
+    Structure,
     available,
     isas,
     library,
@@ -108,9 +106,9 @@ def pointwise_attention(
     inputs = (query, key, value, attn_mask, activation, float(length_exponent), length, is_causal, float(scale))
     out = torch.ops.formix.pointwise_attention(*inputs)
     if signature is not None and out.numel() and value.shape[2]:
-        arguments = _pointwise_arguments([out, None, None, None, None], *inputs)
-        kernel, op = library().formix_pointwise_forward, torch.ops.formix.pointwise_attention_backward
-        _keep(signature, out, kernel, arguments, POINTWISE_TENSORS, inputs[4:], _pointwise_backward_cpu, op)
+        kernels = library().formix_pointwise_forward, library().formix_pointwise_backward
+        backward = torch.ops.formix.pointwise_attention_backward
+        _keep(signature, out, inputs[:4], inputs[4:], kernels, POINTWISE, _pointwise_arguments, backward)
     return out
 
 
@@ -131,9 +129,9 @@ def l1_attention(
     """
     out = torch.ops.formix.l1_attention(query, key, value, key_padding_mask, eps)
     if signature is not None and out.numel():
-        arguments = _l1_arguments([out, None, None, None, None], query, key, value, key_padding_mask, eps)
-        kernel, op = library().formix_l1_forward, torch.ops.formix.l1_attention_backward
-        _keep(signature, out, kernel, arguments, L1_TENSORS, (eps,), _l1_backward_cpu, op)
+        kernels = library().formix_l1_forward, library().formix_l1_backward
+        backward = torch.ops.formix.l1_attention_backward
+        _keep(signature, out, (query, key, value, key_padding_mask), (eps,), kernels, L1, _l1_arguments, backward)
     return out
 
 
@@ -152,10 +150,32 @@ def _tensor(t: Tensor) -> tuple[int, int, int, int]:
 
 
 def _keep(
-    signature: Hashable, out: Tensor, kernel: Any, arguments: bytes, tensors: int, options: Any, *backwards: Any
+    signature: Hashable,
+    out: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+    kernels: tuple[Callable[[int], int], Callable[[int], int]],
+    structure: Structure,
+    arguments: Callable[..., bytes],
+    differentiable_backward: Callable[..., tuple[Tensor, ...]],
 ) -> None:
-    places = tuple(range(tensors, tensors + 5 * TENSOR_BYTES, TENSOR_BYTES))
-    call = repeated.Call(kernel, arguments, places, tuple(out.shape), out.stride(), options, *backwards)
+    """Keeps a call with these inputs (query, key, value, mask), options and result for those like it."""
+    packed = arguments([out, None, None, None, None], *inputs, *options)
+    addresses = structure.addresses
+
+    def pack_backward(inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> repeated.Packed:
+        packed = arguments([None, *gradients], *inputs, *options)
+        return repeated.Packed(kernels[1], packed, (*addresses[:3], *addresses[4:]))
+
+    qkv = [t for t in inputs[:3] if t is not None]
+    call = repeated.Call(
+        forward=repeated.Packed(kernels[0], packed, addresses[:5]),
+        shapes=tuple(tuple(t.shape) for t in (*qkv, out)),
+        strides=tuple(_empty(t, t.shape).stride() for t in (*qkv, out)),
+        options=options,
+        pack_backward=pack_backward,
+        differentiable_backward=differentiable_backward,
+    )
     repeated.keep(signature, call)
 
 
@@ -187,7 +207,7 @@ def _pointwise_arguments(
         expanded = attn_mask.expand(b, h, n_q, n_k)
         mask = (attn_mask.data_ptr(), *expanded.stride())
     out, *gradients = ((_NO_TENSOR if t is None else _tensor(t)) for t in tensors)
-    return POINTWISE.pack(
+    return POINTWISE.struct.pack(
         *(b, h, h_kv, n_q, n_k, d, d_v),
         *(_TYPES[query.dtype], _ACTIVATIONS[activation], is_causal, torch.get_num_threads()),
         *(-1 if length is None else length, scale, length_exponent),
@@ -230,7 +250,7 @@ def _l1_arguments(
         by_batch, by_token = mask.expand(b, n_k).stride()
         strides = (mask.data_ptr(), by_batch, 0, 0, by_token)
     out, *gradients = ((_NO_TENSOR if t is None else _tensor(t)) for t in tensors)
-    return L1.pack(
+    return L1.struct.pack(
         *(b, h, n_q, n_k, d, d_v, _TYPES[query.dtype], torch.get_num_threads(), eps),
         *(*_tensor(query), *_tensor(key), *_tensor(value), *out, *strides, mask is not None and n_q == n_k),
         *(number for gradient in gradients for number in gradient),

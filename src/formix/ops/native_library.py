@@ -7,18 +7,28 @@ import functools
 import os
 import struct
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 NAME = "formix_native.so"
 
-# struct.pack formats of the structures in native/formix.h
-_TENSOR, _MASK = "P3q", "P4q"
-_POINTWISE_HEAD, _L1_HEAD = "@12q2d", "@8qd"
-POINTWISE = struct.Struct(_POINTWISE_HEAD + 4 * _TENSOR + _MASK + 4 * _TENSOR)
-L1 = struct.Struct(_L1_HEAD + 4 * _TENSOR + _MASK + "q" + 4 * _TENSOR)
-# where query, key, value, output and mask begin, each with its address
-POINTWISE_TENSORS, L1_TENSORS = struct.calcsize(_POINTWISE_HEAD), struct.calcsize(_L1_HEAD)
-TENSOR_BYTES = struct.calcsize("@" + _TENSOR)
+
+@dataclass(frozen=True)
+class Structure:
+    """One of native/formix.h: how its numbers are packed, and where, in words of eight bytes, its addresses stand."""
+
+    struct: struct.Struct
+    addresses: tuple[int, ...]  # of query, key, value, output, mask, and the gradients of output, query, key and value
+
+    @classmethod
+    def of(cls, *parts: str) -> Structure:
+        starts = [struct.calcsize("@" + "".join(parts[:i])) // 8 for i, part in enumerate(parts) if part[0] == "P"]
+        return cls(struct.Struct("@" + "".join(parts)), tuple(starts))
+
+
+_TENSORS, _MASK = ("P3q",) * 4, "P4q"  # struct.pack formats
+POINTWISE = Structure.of("12q2d", *_TENSORS, _MASK, *_TENSORS)
+L1 = Structure.of("8qd", *_TENSORS, _MASK, "q", *_TENSORS)
 
 
 class UnavailableError(RuntimeError):
@@ -48,6 +58,8 @@ def _loaded() -> ctypes.CDLL | UnavailableError:
         return UnavailableError(f"{path} cannot be loaded: {error}")
     for name in ("formix_isa", "formix_isa_name", "formix_isa_reason"):
         getattr(library, name).restype = ctypes.c_char_p
+    for name in ("pointwise_forward", "pointwise_backward", "l1_forward", "l1_backward"):
+        getattr(library, f"formix_{name}").argtypes = [ctypes.c_void_p]
     wanted = os.environ.get("FORMIX_ISA", "auto")
     if library.formix_set_isa(wanted.encode()):
         known = {**_isas(library), "auto": ""}

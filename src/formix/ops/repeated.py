@@ -7,41 +7,68 @@ of threads. A later call that agrees in these, and that only the kernel has to s
 
 from __future__ import annotations
 
-import struct
+from array import array
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_ADDRESS = struct.Struct("@P")
 _MOST = 1024  # calls are kept, then all are forgotten
+
+
+class Packed:
+    """A kernel with its arguments in eight-byte words, all but the addresses at `places` (in words)."""
+
+    __slots__ = ("kernel", "places", "words")
+
+    def __init__(self, kernel: Callable[[int], int], arguments: bytes, places: tuple[int, ...]) -> None:
+        self.kernel, self.places, self.words = kernel, places, array("q", arguments)
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        words = self.words[:]
+        for place, t in zip(self.places, tensors, strict=True):
+            if t is not None:
+                words[place] = t.data_ptr()
+        if self.kernel(words.buffer_info()[0]):
+            raise MemoryError("The attention kernels could not allocate their working memory.")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A kernel with its packed arguments, and its gradient."""
+    """An attention with everything known but the numbers in its tensors, and its gradient."""
 
-    kernel: Callable[[bytes], int]
-    arguments: bytes
-    addresses: tuple[int, ...]  # where in the arguments those of query, key, value, output and mask stand
-    shape: tuple[int, ...]  # of the output
-    stride: tuple[int, ...]
-    options: tuple[Any, ...]  # what both gradients take after grad_out, query, key, value and mask
-    backward: Callable[..., tuple[Tensor, ...]]
+    forward: Packed  # of query, key, value, output and mask
+    shapes: tuple[tuple[int, ...], ...]  # of query, key, value and output
+    strides: tuple[tuple[int, ...], ...]  # of their gradients, and of the output
+    options: tuple[Any, ...]  # what all gradients take after grad_out, query, key, value and mask
+    # Of (query, key, value, mask) and the gradients of (output, query, key, value).
+    pack_backward: Callable[[tuple[Tensor | None, ...], tuple[Tensor, ...]], Packed]
     differentiable_backward: Callable[..., tuple[Tensor, ...]]
+    backward: dict[Hashable, Packed] = field(default_factory=dict)  # by what is known of grad_out
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        out = torch.empty_strided(self.shape, self.stride, dtype=query.dtype)
-        arguments = bytearray(self.arguments)
-        for place, t in zip(self.addresses, (query, key, value, out, mask), strict=True):
-            if t is not None:
-                _ADDRESS.pack_into(arguments, place, t.data_ptr())
-        if self.kernel(bytes(arguments)):
-            raise MemoryError("The attention kernels could not allocate their working memory.")
+        out = torch.empty_strided(self.shapes[3], self.strides[3], dtype=query.dtype)
+        self.forward(query, key, value, out, mask)
         return out
+
+    def gradients(
+        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Those of query, key and value; the caller knows that nobody has to see or differentiate this."""
+        stride, dtype = grad_out.stride(), query.dtype
+        if grad_out.dtype != dtype or stride[-1] != 1 or type(grad_out) is not Tensor:
+            return self.differentiable_backward(grad_out, query, key, value, mask, *self.options)
+        inputs = query, key, value, mask
+        gradients = tuple(torch.empty_strided(self.shapes[i], self.strides[i], dtype=dtype) for i in range(3))
+        known = stride, torch.get_num_threads()
+        packed = self.backward.get(known)
+        if packed is None:
+            packed = self.backward[known] = self.pack_backward(inputs, (grad_out, *gradients))
+        packed(*inputs, grad_out, *gradients)
+        return gradients
 
 
 class _WithGradient(torch.autograd.Function):
@@ -56,9 +83,11 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        short = not (torch.is_grad_enabled() or _observed() or grad_out.is_neg())
-        function = call.backward if short else call.differentiable_backward
-        return None, *function(grad_out, *ctx.saved_tensors, *call.options), None
+        if torch.is_grad_enabled() or _observed() or grad_out.is_neg():
+            gradients = call.differentiable_backward(grad_out, *ctx.saved_tensors, *call.options)
+        else:
+            gradients = call.gradients(grad_out, *ctx.saved_tensors)
+        return None, *gradients, None
 
 
 _calls: dict[Hashable, Call] = {}
