@@ -62,6 +62,9 @@ template <int ACT> struct Lookup {
 };
 
 // h(scale x) = factor * f(x); f is what the kernel computes, and the factor joins the one at the end. scale > 0.
+static INLINE float bf16_factor(int64_t activation, float scale) {
+  return activation == FORMIX_SIGMOID ? 1 : activation == FORMIX_RELU2 ? scale * scale : scale;
+}
 template <int ACT> struct Bf16Activation {
   static constexpr bool gelu = ACT == FORMIX_GELU || ACT == FORMIX_GELU_ERF;
   static constexpr bool looked_up = gelu || ACT == FORMIX_SOFTPLUS || ACT == FORMIX_SIGMOID;
@@ -69,7 +72,7 @@ template <int ACT> struct Bf16Activation {
   const Quadratics values, slopes;
 
   explicit Bf16Activation(float scale)
-      : scale(scale), factor(ACT == FORMIX_SIGMOID ? 1 : ACT == FORMIX_RELU2 ? scale * scale : scale),
+      : scale(scale), factor(bf16_factor(ACT, scale)),
         range((float)Lookup<ACT>::range / scale), per_interval(15 / range),
         values(Lookup<ACT>::get().values, scale, ACT == FORMIX_SOFTPLUS ? 1 / scale : 1),
         slopes(Lookup<ACT>::get().slopes, scale, 1) {}

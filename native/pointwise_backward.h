@@ -32,31 +32,40 @@ template <int ACT> static void weigh_gradient(float *s, float *dp, int n, RowSca
 }
 
 #if defined(__AVX512BF16__)
-// The same of two rows straight into what the products of bf16 read: pairs of rows, and dS also by rows. WEIGHED: s and dp
-// are weights and gradients already.
-template <int ACT, bool PLAIN, bool WEIGHED>
+// What s and dp hold, and so what is left to do: raw scores and a bias; raw scores for an h that knows the scale; the same,
+// with factors that are equal for all rows and wait for the end; weights and gradients.
+enum Scores { BIASED, PLAIN, UNIFORM, WEIGHED };
+
+// The same of two rows straight into what the products of bf16 read: pairs of rows, and dS also by rows. MIXED: pairs lie
+// in the order of `paired`.
+template <int ACT, Scores SCORES, bool MIXED>
 static void narrow_gradients(const Bf16Activation<ACT> &f, const float *s, const float *dp, long ld, int n, const RowScale *r,
                              uint32_t *P, uint32_t *dS_pairs, uint32_t *dS, long ld_dS) {
+  constexpr bool gated = ACT == FORMIX_RELU && SCORES != WEIGHED;  // dS by the narrowed weights, 32 at a time
   vf factor[2], slope_factor[2];
   for (int i = 0; i < 2; i++)
-    factor[i] = splat(r[i].factor * (PLAIN ? f.factor : 1.0f)), slope_factor[i] = splat(r[i].factor * r[i].scale);
+    factor[i] = splat(r[i].factor * (SCORES == PLAIN ? f.factor : 1.0f)), slope_factor[i] = splat(r[i].factor * r[i].scale);
   for (int j = 0; j < n; j += 2 * W) {
-    vf p[2][2], g[2][2];  // [row][half]
-    for (int i = 0; i < 2; i++)
+    vu p[2], g[2];  // [row]
+    for (int i = 0; i < 2; i++) {
+      vf x[2], y[2];  // [half]
       for (int c = 0; c < 2; c++) {
-        vf x = load(s + i * ld + j + c * W), y = load(dp + i * ld + j + c * W);
-        if constexpr (!WEIGHED) {
-          vf slope;
-          x = f(PLAIN ? x : x * r[i].scale + r[i].bias, slope) * factor[i];
-          y = y * (slope * slope_factor[i]);
-        }
-        p[i][c] = x, g[i][c] = y;
+        x[c] = load(s + i * ld + j + c * W), y[c] = load(dp + i * ld + j + c * W);
+        if constexpr (SCORES == WEIGHED) continue;
+        if constexpr (SCORES == BIASED) x[c] = x[c] * r[i].scale + r[i].bias;
+        vf slope;
+        x[c] = f(x[c], slope);
+        if constexpr (!gated && ACT != FORMIX_IDENTITY) y[c] = y[c] * slope;
+        if constexpr (SCORES != UNIFORM) x[c] = x[c] * factor[i], y[c] = y[c] * slope_factor[i];
       }
-    for (int c = 0; c < 2; c++) {
-      store(P + j + c * W, bf16_interleaved(p[0][c], p[1][c]));
-      store(dS_pairs + j + c * W, bf16_interleaved(g[0][c], g[1][c]));
+      p[i] = bf16_pair(x[0], x[1]), g[i] = bf16_pair(y[0], y[1]);
+      if constexpr (gated) g[i] = keep_lanes(p[i], g[i]);
+      store(dS + i * ld_dS + j / 2, g[i]);
     }
-    for (int i = 0; i < 2; i++) store(dS + i * ld_dS + j / 2, bf16_pair(g[i][0], g[i][1]));
+    vu pairs[2][2];
+    MIXED ? pair_rows_mixed(p[0], p[1], pairs[0]) : pair_rows(p[0], p[1], pairs[0]);
+    MIXED ? pair_rows_mixed(g[0], g[1], pairs[1]) : pair_rows(g[0], g[1], pairs[1]);
+    for (int c = 0; c < 2; c++) store(P + j + c * W, pairs[0][c]), store(dS_pairs + j + c * W, pairs[1][c]);
   }
 }
 #endif
@@ -71,7 +80,10 @@ template <class T> struct PointwiseBackward {
   const long b, g, group;
   const int D, Dv, Dp, Dvp, units, units_v;
   const long block_keys, block_rows;
-  const bool folded;
+  // Where the scale and L^-a are multiplied in: with floats and a `folded` h, in dO; with tiles and `uniform` rows, at the
+  // end, in what is written; else in P and dS.
+  const bool plain, folded, uniform;
+  float after_weights = 1, after_slopes = 1;
   long next_b = -1, next_g = 0;  // whose gradients this thread computes next; -1: nobody's
   // One block of keys.
   unit *Kt, *Vt, *K;  // panels [units of D][NR], panels [units of Dv][NR], rows [units of keys][Dp]
@@ -121,7 +133,16 @@ template <class T> struct PointwiseBackward {
       : p(p), b(b), g(g), group(p.Hq / p.Hkv), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)),
         units(units_of<T>(D)), units_v(units_of<T>(Dv)), block_keys(keys_of(p)),
         block_rows(even_block(p.Nq, ROWS, STEP)),
-        folded(!pairs && p.scale > 0 && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)) {}
+        plain(p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS),
+        folded(!pairs && plain && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)),
+        uniform(T::tiles && plain && !p.causal && !p.mask.data) {
+#if defined(FORMIX_TILES)
+    if (!uniform) return;
+    float factor, bias;
+    Visibility(p, b, g * group).rows(p, 0, 1, &factor, &bias);
+    after_weights = factor * bf16_factor(p.activation, (float)p.scale), after_slopes = factor * (float)p.scale;
+#endif
+  }
 
   void read_rows(long h, long i0, int rows, const float *f) const {
     if constexpr (T::tiles)
@@ -212,26 +233,21 @@ template <class T> struct PointwiseBackward {
         memset(S + rows * LDA, 0, sizeof(float) * padded), memset(dP + rows * LDA, 0, sizeof(float) * padded);
       with_activation(p.activation, [&](auto act) {
         constexpr int ACT = decltype(act)::value;
-        const bool weighed = masked || n < padded, plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
+        const bool weighed = masked || n < padded;
         if (weighed) {
           weigh(act);
           for (int r = rows; r < filled; r++)
             memset(S + r * LDA, 0, sizeof(float) * padded), memset(dP + r * LDA, 0, sizeof(float) * padded);
         }
         const Bf16Activation<ACT> h(plain ? (float)p.scale : 1.0f);
-        auto narrow = [&](auto is_plain, auto is_weighed) {
+        auto narrow = [&](auto form) {
           for (int r = 0; r < filled; r += 2) {
             const RowScale two[2] = {scale_of(r), scale_of(r + 1)};
-            narrow_gradients<ACT, is_plain.value, is_weighed.value>(
-                h, S + r * LDA, dP + r * LDA, LDA, padded, two, Pt + r / 2 * LDA, dSt + r / 2 * LDA, dS + r * LDA, LDA);
+            narrow_gradients<ACT, (Scores)form.value, T::tiles>(h, S + r * LDA, dP + r * LDA, LDA, padded, two,
+                                                                Pt + r / 2 * LDA, dSt + r / 2 * LDA, dS + r * LDA, LDA);
           }
         };
-        if (weighed)
-          narrow(Constant<0>{}, Constant<1>{});
-        else if (plain)
-          narrow(Constant<1>{}, Constant<0>{});
-        else
-          narrow(Constant<0>{}, Constant<0>{});
+        weighed ? narrow(Constant<WEIGHED>{}) : plain ? narrow(Constant<PLAIN>{}) : narrow(Constant<BIASED>{});
       });
       return;
     }
@@ -244,9 +260,8 @@ template <class T> struct PointwiseBackward {
   template <class Scales> void panels(int filled, int n, long first, Scales scale_of) const {
     with_activation(p.activation, [&](auto act) {
       constexpr int ACT = decltype(act)::value;
-      const bool plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
       const Bf16Activation<ACT> h(plain ? (float)p.scale : 1.0f);
-      auto narrow = [&](auto is_plain) {
+      auto narrow = [&](auto form) {
         for (int i = 0; i < filled; i += PANEL) {
           RowScale scales[PANEL];
           for (int r = 0; r < PANEL; r++) scales[r] = scale_of(i + r);
@@ -257,27 +272,27 @@ template <class T> struct PointwiseBackward {
             tile_block<true, false>(units / TILE, Q + i * LDA, LDA, Kt + panel * units * NR, NR, s, PANEL);
             tile_block<true, false>(units_v / TILE, dO + i * LDA, LDA, Vt + panel * units_v * NR, NR, dp, PANEL);
             for (int r = 0; r < PANEL; r += 2)
-              narrow_gradients<ACT, is_plain.value, false>(h, s + r * PANEL, dp + r * PANEL, PANEL, PANEL, scales + r,
-                                                           Pt + at + r / 2 * LDA, dSt + at + r / 2 * LDA,
-                                                           dS + (i + r) * LDA + j / 2, LDA);
+              narrow_gradients<ACT, (Scores)form.value, true>(h, s + r * PANEL, dp + r * PANEL, PANEL, PANEL, scales + r,
+                                                              Pt + at + r / 2 * LDA, dSt + at + r / 2 * LDA,
+                                                              dS + (i + r) * LDA + j / 2, LDA);
           }
         }
       };
-      plain ? narrow(Constant<1>{}) : narrow(Constant<0>{});
+      uniform ? narrow(Constant<UNIFORM>{}) : plain ? narrow(Constant<PLAIN>{}) : narrow(Constant<BIASED>{});
     });
   }
-#endif
 
-  // [channels][block_keys] -> [keys][ld], whole vectors.
+  // [channels][block_keys] -> [keys][ld], whole vectors. The keys of a panel come in the order of `paired`.
   void by_rows(const float *from, int channels, int keys, float *to, long ld) const {
     for (int d = 0; d < channels; d += W)
-      for (int j = 0; j < keys; j += W) {
+      for (int j = 0; j < round_up(keys, NR); j += W) {
         vu block[W];
         for (int r = 0; r < W; r++) block[r] = d + r < channels ? load((const uint32_t *)from + (d + r) * block_keys + j) : vu{};
         transpose(block);
-        for (int r = 0; r < W; r++) store((uint32_t *)to + (j + r) * ld + d, block[r]);
+        for (int r = 0; r < W; r++) store((uint32_t *)to + (j / NR * NR + paired(j % NR + r)) * ld + d, block[r]);
       }
   }
+#endif
 
   // The key blocks part, part + parts, ...: dK and dV of those are complete, dQ is their share.
   void run(long part, long parts) const {
@@ -334,16 +349,18 @@ template <class T> struct PointwiseBackward {
           }
         }
       }
+#if defined(FORMIX_TILES)
       if (T::tiles) by_rows(dKt, D, held, dK, Dp), by_rows(dVt, Dv, held, dV, Dvp);
+#endif
       for (int j = 0; j < held; j++) {
-        write_row((void *)row_of(p.grad_k, p.type, b, g, j0 + j), p.type, D, dK + (long)j * Dp);
-        write_row((void *)row_of(p.grad_v, p.type, b, g, j0 + j), p.type, Dv, dV + (long)j * Dvp);
+        write_row((void *)row_of(p.grad_k, p.type, b, g, j0 + j), p.type, D, dK + (long)j * Dp, after_slopes);
+        write_row((void *)row_of(p.grad_v, p.type, b, g, j0 + j), p.type, Dv, dV + (long)j * Dvp, after_weights);
       }
     }
   }
   void write_query_gradient(long first, long last) const {  // rows of [group][Nq]
     for (long i = first; i < last; i++)
-      write_row((void *)row_of(p.grad_q, p.type, b, g * group + i / p.Nq, i % p.Nq), p.type, D, dQ + i * Dp);
+      write_row((void *)row_of(p.grad_q, p.type, b, g * group + i / p.Nq, i % p.Nq), p.type, D, dQ + i * Dp, after_slopes);
   }
 };
 

@@ -97,11 +97,24 @@ static INLINE vh to_bf16(vf x) {
 static INLINE vu bf16_pair(vf low, vf high) {  // 32 neighbours: those of `low` come first
   return (vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
-static INLINE vu bf16_interleaved(vf low, vf high) {  // low[0], high[0], low[1], ...
-  alignas(64) static const uint16_t order[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)bf16_pair(low, high));
+// x where the 16-bit lanes of the condition are not 0, else 0.
+static INLINE vu keep_lanes(vu condition, vu x) {
+  return (vu)_mm512_maskz_mov_epi16(_mm512_test_epi16_mask((__m512i)condition, (__m512i)condition), (__m512i)x);
 }
+// Pairs a[0], b[0], a[1], b[1], ... of two rows of 32 lanes of 16 bits.
+static INLINE void pair_rows(vu a, vu b, vu pairs[2]) {
+  alignas(64) static const uint16_t order[2][32] = {{0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+                                                    {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  for (int i = 0; i < 2; i++)
+    pairs[i] = (vu)_mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(order[i]), (__m512i)b);
+}
+// The same pairs in the order that costs one instruction each: position x of the 32 holds pair paired(x).
+static INLINE void pair_rows_mixed(vu a, vu b, vu pairs[2]) {
+  pairs[0] = (vu)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b), pairs[1] = (vu)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+}
+static INLINE int paired(int x) { return x % 16 / 4 * 8 + x / 16 * 4 + x % 4; }
 #endif
 // fp16 <-> fp32 by integer arithmetic (Giesen): works without F16C and on any compiler.
 static INLINE vf from_f16(vh h) {
