@@ -41,7 +41,7 @@ template <class T> struct PointwiseForward {
   // product, whose store knows relu.
   const bool linear, relu_in_place;
   float after;  // the factor at the end, besides L^-a
-  const bool far;  // the inputs are so much larger than L2 that with tiles it pays to ask for them in time
+  const long far;  // how often L2 would be filled: if several times, it pays with tiles to ask for rows and keys in time
   long next_b = -1, next_g = 0;  // whose keys this thread packs next; -1: nobody's
   unit *K, *V, *Q;
   float *S;
@@ -59,7 +59,7 @@ template <class T> struct PointwiseForward {
         one_block(p.Nk <= block_keys), keys_held(one_block ? round_up(p.Nk, NR) : block_keys),
         ld_v(T::tiles ? W : Dvp), linear(p.scale > 0 && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)),
         relu_in_place(linear && p.activation == FORMIX_RELU && T::per_unit == 1), after(linear ? (float)p.scale : 1.0f),
-        far((p.Hq * p.Nq + p.Hkv * p.Nk) * p.B * (D + Dv) * element_size(p.type) > 4 * p.threads * L2_BUDGET) {}
+        far((p.Hq * p.Nq + p.Hkv * p.Nk) * p.B * (D + Dv) * element_size(p.type) / (p.threads * L2_BUDGET)) {}
 
   // Lays out the working memory; with memory = null only measures it.
   long lay_out(float *memory) {
@@ -116,7 +116,7 @@ template <class T> struct PointwiseForward {
   Ahead next_keys(long k1) const {
     Ahead memory;
     const bool here = k1 < p.Nk;
-    if (!far || (!here && next_b < 0)) return memory;
+    if (far < 4 || (!here && next_b < 0)) return memory;
     const long b = here ? this->b : next_b, g = here ? this->g : next_g, from = here ? k1 : 0;
     const long n = least(block_keys, p.Nk - from);
     memory.add({p.k, p.type, b, g, 1, from, n, D});
@@ -126,7 +126,7 @@ template <class T> struct PointwiseForward {
   // The queries of the block after this one, and the rows that this one may write.
   Ahead next_rows(long block, bool writes) const {
     Ahead memory;
-    if (!far) return memory;
+    if (far < 2) return memory;
     auto add = [&](const FormixTensor &t, long block, int channels) {
       const long i0 = block % blocks_per_head * ROWS;
       memory.add({t, p.type, b, head_of(block), 1, i0, least((long)ROWS, p.Nq - i0), channels});
