@@ -99,13 +99,35 @@ def test_what_is_wrong_stays_wrong_after_a_call_that_was_right():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CALLS)
-def test_gradients_of_the_second_call_are_those_of_a_first_one(name, dtype, short):
+def test_gradients_of_later_calls_are_those_of_a_first_one(name, dtype, short):
     call = CALLS[name]
     qkv = [x.detach().requires_grad_() for x in inputs(dtype)]
     weights = torch.randn(2, 2, N, D, dtype=dtype)
-    first, second = (torch.autograd.grad(call(*qkv), qkv, weights) for _ in range(2))
-    assert short() == 1
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first, *later = (torch.autograd.grad(call(*qkv), qkv, weights) for _ in range(3))
+    assert short() == 2
+    for gradients in later:
+        assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(first, gradients, strict=True))
+
+
+def test_gradients_from_any_gradient_of_the_output(short):
+    qkv = [x.detach().requires_grad_() for x in inputs()]
+    weights = torch.randn(2, 2, N, 2 * D)
+    views = {
+        "by head": weights[..., :D].contiguous(),
+        "by token": weights[..., :D].transpose(1, 2).contiguous().transpose(1, 2),
+        "part of more": weights[..., :D],
+        "every second": weights[..., ::2],
+        "one number": torch.ones(()).expand(2, 2, N, D),
+        "mirrored": torch._neg_view(weights[..., :D]),
+    }
+    expected = {k: torch.autograd.grad(pointwise_attention(*qkv, impl="reference"), qkv, g) for k, g in views.items()}
+    pointwise_attention(*qkv)
+    for _ in range(2):
+        for name, gradient in views.items():
+            torch.testing.assert_close(
+                torch.autograd.grad(pointwise_attention(*qkv), qkv, gradient), expected[name], msg=name
+            )
+    assert short() == 2 * len(views)
 
 
 def test_gradients_of_gradients(short):
