@@ -71,9 +71,7 @@ def attend(
                 is_causal=is_causal, scale=scale, enable_gqa=grouped,
             )  # fmt: skip
         case Pointwise():
-            length = (
-                {"visible": None, "keys": key.shape[2]}[mixer.length] if isinstance(mixer.length, str) else mixer.length
-            )
+            length = None if mixer.length == "visible" else key.shape[2] if mixer.length == "keys" else mixer.length
             return pointwise_attention(
                 query, key, value, activation=mixer.activation, length_exponent=mixer.length_exponent, length=length,
                 attn_mask=attn_mask, attn_bias=attn_bias, is_causal=is_causal, scale=scale, enable_gqa=grouped,
