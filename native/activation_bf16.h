@@ -61,7 +61,7 @@ template <int ACT> struct Lookup {
   }
 };
 
-// h(scale x) = factor * f(x); f is what the kernel computes, and the factor joins the one at the end. scale > 0.
+// h(scale x) = factor * f(x); f is what the kernel computes, and the factor joins the one at the end: bf16_factor. scale > 0.
 static INLINE float bf16_factor(int64_t activation, float scale) {
   return activation == FORMIX_SIGMOID ? 1 : activation == FORMIX_RELU2 ? scale * scale : scale;
 }

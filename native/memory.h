@@ -1,4 +1,4 @@
-// Pages cost time when they are first written: 0.7 ms for every 4 MB in pages of 4 KB, more than a short attention takes.
+// Pages cost time when they are first written, for a small attention more than its arithmetic.
 #pragma once
 #include <cstddef>
 
