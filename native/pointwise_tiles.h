@@ -61,11 +61,11 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
     };
     for (int t = 0; t < k_tiles; t++, q += TILE, k += TILE * PANEL) {
       TILE_LOAD(4, q, ldq * 4);
-      TILE_LOAD(6, k, PANEL * 4);
+      TILE_STREAM(6, k, PANEL * 4);
       TILE_MULTIPLY(0, 4, 6);
       weigh_some();
       if (wide) {
-        TILE_LOAD(7, k + TILE, PANEL * 4);
+        TILE_STREAM(7, k + TILE, PANEL * 4);
         TILE_MULTIPLY(1, 4, 7);
       }
       weigh_some();
@@ -123,10 +123,10 @@ static void tile_output(bool first, int rows, int n, const uint32_t *P, const ui
     }
     for (int j = 0; j < n; j += PANEL, p += TILE, v += TILE * TILE, v2 += TILE * TILE) {
       TILE_LOAD(4, p, LDP * 4);
-      TILE_LOAD(6, v, TILE * 4);
+      TILE_STREAM(6, v, TILE * 4);
       TILE_MULTIPLY(0, 4, 6);
       if (wide) {
-        TILE_LOAD(7, v2, TILE * 4);
+        TILE_STREAM(7, v2, TILE * 4);
         TILE_MULTIPLY(1, 4, 7);
       }
       if (two) {

@@ -36,6 +36,7 @@ static inline void emulated_multiply(int c, int a, int b) {  // tdpbf16ps: pairs
 #define TILE_RELEASE() ((void)0)
 #define TILE_ZERO(t) memset(tile_file[t], 0, 1024)
 #define TILE_LOAD(t, p, stride) emulated_load(t, p, stride)
+#define TILE_STREAM(t, p, stride) emulated_load(t, p, stride)
 #define TILE_STORE(t, p, stride) emulated_store(t, p, stride)
 #define TILE_MULTIPLY(c, a, b) emulated_multiply(c, a, b)
 #else
@@ -43,6 +44,7 @@ static inline void emulated_multiply(int c, int a, int b) {  // tdpbf16ps: pairs
 #define TILE_RELEASE() _tile_release()
 #define TILE_ZERO(t) _tile_zero(t)
 #define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define TILE_STREAM(t, p, stride) _tile_stream_loadd(t, p, stride)  // what comes from L2 does not push others out of L1
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
 #define TILE_MULTIPLY(c, a, b) _tile_dpbf16ps(c, a, b)
 #endif
@@ -51,6 +53,7 @@ static inline void emulated_multiply(int c, int a, int b) {  // tdpbf16ps: pairs
 struct TileSession {
   TileSession() {
     TileConfig config;
+    __asm__ volatile("" ::"r"(&config) : "memory");  // the intrinsic does not say that it reads memory
     TILE_CONFIG(&config);
   }
   ~TileSession() { TILE_RELEASE(); }
