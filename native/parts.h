@@ -14,3 +14,9 @@ static inline long parts_for(long tasks, long threads, long pieces, bool uneven)
 static inline long tasks_at_once(long tasks, long threads, long tokens, bool uneven) {
   return uneven || tokens > 1024 ? 1 : (tasks + threads - 1) / threads;
 }
+
+// Equal blocks of at most `most`, in steps of `step`.
+static inline long even_block(long n, long most, long step) {
+  const long blocks = (n + most - 1) / most;
+  return ((n + blocks - 1) / blocks + step - 1) / step * step;
+}

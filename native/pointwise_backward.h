@@ -11,12 +11,6 @@
 #include "pointwise_forward.h"
 #include "weigh_gradient.h"
 
-// Equal blocks of at most `most`, in steps of `step`.
-static INLINE long even_block(long n, long most, long step) {
-  const long blocks = (n + most - 1) / most;
-  return ((n + blocks - 1) / blocks + step - 1) / step * step;
-}
-
 template <class T> struct PointwiseBackward {
   using unit = typename T::unit;
   static constexpr bool pairs = T::per_unit == 2;

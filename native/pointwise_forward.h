@@ -160,8 +160,9 @@ template <class T> struct PointwiseForward {
         const bool plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
         const Bf16Activation<ACT> f(plain ? (float)p.scale : 1.0f);
         after = f.factor;
-        for (long j0 = k0; j0 < end; j0 += TILE_KEYS) {
-          const int n = least((long)TILE_KEYS, end - j0);
+        const long step = even_block(end - k0, TILE_KEYS, PANEL);
+        for (long j0 = k0; j0 < end; j0 += step) {
+          const int n = least(step, end - j0);
           const unit *k = K + (j0 - k0) * units;
           auto weigh = [&](auto is_plain, auto two) {
             tile_weights<ACT, is_plain.value, two.value>(f, see, i0, rows, j0, n, units / TILE, Q, k, (float)p.scale, shift, P,

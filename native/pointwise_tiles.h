@@ -8,7 +8,7 @@
 #include "tiles.h"
 
 constexpr int PANEL = 2 * TILE;  // queries and keys of a panel of scores
-constexpr int TILE_KEYS = 256;       // keys of a block of weights, which together with what they meet stays in L1
+constexpr int TILE_KEYS = 384;       // keys of a block of weights, which together with what they meet stays in L1
 constexpr int LDP = TILE_KEYS / 2 + TILE;  // 32-bit units between rows of weights; not a power of two, for the cache's sake
 
 // A panel of scores on its way to weights: rows first .. first + n of it, as bf16 pairs of keys.
@@ -47,10 +47,18 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
       store(to, bf16_pair(load(x), load(x + W)));
     }
   };
+  const uint32_t *q = Q, *k = K;
+  auto load_step = [&] {  // what the next step multiplies
+    TILE_LOAD(4, q, ldq * 4);
+    TILE_STREAM(6, k, PANEL * 4);
+    TILE_STREAM(7, k + TILE, PANEL * 4);
+    if (TWO) TILE_LOAD(5, q + TILE * ldq, ldq * 4);
+    q += TILE, k += TILE * PANEL;
+  };
+  __asm__ volatile("" ::: "memory");  // the load intrinsics do not say that they read memory
+  load_step();
   for (int j = 0; j < n; j += PANEL) {
-    const uint32_t *q = Q, *k = K + j * ldq;
     const bool wide = n - j > TILE;
-    __asm__ volatile("" ::: "memory");  // the load intrinsics do not say that they read memory
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
@@ -59,22 +67,21 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
     auto weigh_some = [&] {
       if (weighed < height) weigh(j - PANEL, weighed, 8), weighed += 8;
     };
-    for (int t = 0; t < k_tiles; t++, q += TILE, k += TILE * PANEL) {
-      TILE_LOAD(4, q, ldq * 4);
-      TILE_STREAM(6, k, PANEL * 4);
+    q = Q + TILE;
+    for (int t = 1;; t++) {
       TILE_MULTIPLY(0, 4, 6);
       weigh_some();
-      if (wide) {
-        TILE_STREAM(7, k + TILE, PANEL * 4);
-        TILE_MULTIPLY(1, 4, 7);
-      }
+      if (wide) TILE_MULTIPLY(1, 4, 7);
       weigh_some();
       if (TWO) {
-        TILE_LOAD(5, q + TILE * ldq, ldq * 4);
         TILE_MULTIPLY(2, 5, 6);
         if (wide) TILE_MULTIPLY(3, 5, 7);
       }
+      if (t == k_tiles) break;
+      load_step();
     }
+    q = Q;
+    if (j + PANEL < n) load_step();  // before the stores: a load waits until those before it know their addresses
     soon();
     while (weighed < height) weigh_some();
     if (j) hide(j - PANEL);
