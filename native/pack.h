@@ -73,13 +73,20 @@ static void pack_transposed(const FormixTensor &t, int64_t type, long b, long h,
                             typename T::unit *to) {
   using unit = typename T::unit;
   const int units = units_of<T>(channels);
-  for (int j = 0; j < round_up(n, T::tiles ? NR : W); j += W) {
+  const char *row = row_of(t, type, b, h, first);
+  const long stride = t.token * element_size(type);
+  for (int j = 0; j < round_up(n, T::tiles ? NR : W); j += W, row += W * stride) {
     unit *panel = to + (long)(j / NR) * units * NR + j % NR;
-    for (int d = 0; d < units; d += W) {
+    int d = 0;
+#if defined(__AVX512F__)
+    if ((T::per_unit == 2 || type == FORMIX_F32) && j + W <= n)
+      for (; T::per_unit * (d + W) <= channels; d += W) transpose_from(row + 4 * d, stride, (uint32_t *)panel + d * NR, NR);
+#endif
+    for (; d < units; d += W) {
       vu block[W];
 #pragma GCC unroll 16
       for (int r = 0; r < W; r++)
-        block[r] = j + r < n ? read_vector<T>(row_of(t, type, b, h, first + j + r), type, channels, d) : vu{};
+        block[r] = j + r < n ? read_vector<T>(row + r * stride, type, channels, d) : vu{};
       transpose(block);
       if (d + W <= units)
 #pragma GCC unroll 16
@@ -91,15 +98,15 @@ static void pack_transposed(const FormixTensor &t, int64_t type, long b, long h,
 }
 
 // Elements d ... d + W of two rows of bf16, side by side.
+static INLINE vu pair_of(const uint16_t *low, const uint16_t *high) {
+  return widen(*(const vh_at *)low) | (widen(*(const vh_at *)high) << 16);
+}
 static INLINE vu read_pair(const void *low, const void *high, int n, int d) {
-  auto pair = [](const uint16_t *a, const uint16_t *b) {
-    return widen(*(const vh_at *)a) | (widen(*(const vh_at *)b) << 16);
-  };
   auto a = (const uint16_t *)low + d, b = (const uint16_t *)high + d;
-  if (d + W <= n) return pair(a, b);
+  if (d + W <= n) return pair_of(a, b);
   uint16_t rest[2][W] = {};
   for (int i = 0; d + i < n; i++) rest[0][i] = a[i], rest[1][i] = b[i];
-  return pair(rest[0], rest[1]);
+  return pair_of(rest[0], rest[1]);
 }
 
 // Tokens left out by a padding mask: null if there are none.
@@ -118,13 +125,18 @@ static void pack_rows(const FormixTensor &t, int64_t type, long b, long h, long 
   const int padded = round_up(channels, W);
   if (ld == 0) ld = padded;
   alignas(64) static const uint16_t nothing[2 * 256] = {};  // as many zeros as a row has bytes
+  const char *start = row_of(t, type, b, h, first);
+  const long stride = t.token * element_size(type);
   auto row = [&](long j) -> const void * {
-    return j < n && !padding.masked(first + j) ? row_of(t, type, b, h, first + j) : (const char *)nothing;
+    return j < n && !padding.masked(first + j) ? start + j * stride : (const char *)nothing;
   };
   for (int j = 0; j < n; j += T::per_unit) {
     const void *low = row(j), *high = row(j + 1);
-    for (int d = 0; d < padded; d += W) {
-      uint32_t *put = (uint32_t *)to + j / T::per_unit * ld + d / W * block;
+    uint32_t *put = (uint32_t *)to + j / T::per_unit * ld;
+    int d = 0;
+    if constexpr (T::per_unit == 2)  // without a look at the rows' end
+      for (; d + W <= channels; d += W, put += block) store(put, pair_of((const uint16_t *)low + d, (const uint16_t *)high + d));
+    for (; d < padded; d += W, put += block) {
       if constexpr (T::per_unit == 1)
         store(put, read_vector<T>(low, type, channels, d));
       else

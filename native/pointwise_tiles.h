@@ -112,11 +112,21 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
 static void tile_output(bool first, int rows, int n, const uint32_t *P, const uint32_t *V, long ldv, int columns, float *o,
                         long ldo) {
   const bool two = rows > TILE;
-  for (int d = 0; d < columns; d += PANEL, V += PANEL * ldv, o += PANEL) {
+  __asm__ volatile("" ::: "memory");
+  const uint32_t *p, *v, *v2;
+  auto start = [&](int d) { p = P, v = V + d * ldv, v2 = d + TILE < columns ? v + TILE * ldv : v; };
+  auto load_step = [&] {
+    TILE_LOAD(4, p, LDP * 4);
+    TILE_STREAM(6, v, TILE * 4);
+    TILE_STREAM(7, v2, TILE * 4);
+    if (two) TILE_LOAD(5, p + TILE * LDP, LDP * 4);
+    p += TILE, v += TILE * TILE, v2 += TILE * TILE;
+  };
+  start(0);
+  load_step();
+  for (int d = 0; d < columns; d += PANEL, o += PANEL) {
     const bool wide = d + TILE < columns;
-    const uint32_t *p = P, *v = V, *v2 = V + TILE * ldv;
     float *o2 = o + TILE * ldo;
-    __asm__ volatile("" ::: "memory");
     if (first) {
       TILE_ZERO(0);
       TILE_ZERO(1);
@@ -128,24 +138,24 @@ static void tile_output(bool first, int rows, int n, const uint32_t *P, const ui
       if (two) TILE_LOAD(2, o2, ldo * 4);
       if (two && wide) TILE_LOAD(3, o2 + TILE, ldo * 4);
     }
-    for (int j = 0; j < n; j += PANEL, p += TILE, v += TILE * TILE, v2 += TILE * TILE) {
-      TILE_LOAD(4, p, LDP * 4);
-      TILE_STREAM(6, v, TILE * 4);
+    for (int j = PANEL;; j += PANEL) {
       TILE_MULTIPLY(0, 4, 6);
-      if (wide) {
-        TILE_STREAM(7, v2, TILE * 4);
-        TILE_MULTIPLY(1, 4, 7);
-      }
+      if (wide) TILE_MULTIPLY(1, 4, 7);
       if (two) {
-        TILE_LOAD(5, p + TILE * LDP, LDP * 4);
         TILE_MULTIPLY(2, 5, 6);
         if (wide) TILE_MULTIPLY(3, 5, 7);
       }
+      if (j >= n) break;
+      load_step();
+    }
+    if (d + PANEL < columns) {  // before the stores, as above
+      start(d + PANEL);
+      load_step();
     }
     TILE_STORE(0, o, ldo * 4);
     if (wide) TILE_STORE(1, o + TILE, ldo * 4);
     if (two) TILE_STORE(2, o2, ldo * 4);
     if (two && wide) TILE_STORE(3, o2 + TILE, ldo * 4);
-    __asm__ volatile("" ::: "memory");
   }
+  __asm__ volatile("" ::: "memory");
 }
