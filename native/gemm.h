@@ -121,3 +121,13 @@ static INLINE void gemm_panel(int m, int columns, long k, const typename T::unit
   rows(Constant<2>{});
   rows(Constant<1>{});
 }
+
+// C = A B if it is the `first` of several, else C += A B.
+template <class T, bool TRANSPOSED>
+static INLINE void sum_panel(bool first, int m, int columns, long k, const typename T::unit *a, long lda,
+                             const typename T::unit *b, long ldb, float *c, long ldc) {
+  if (first)
+    gemm_panel<T, TRANSPOSED, SET>(m, columns, k, a, lda, b, ldb, c, ldc);
+  else
+    gemm_panel<T, TRANSPOSED, ADD>(m, columns, k, a, lda, b, ldb, c, ldc);
+}

@@ -24,11 +24,14 @@ template <class T> struct PointwiseBackward {
   // Where the scale and L^-a are multiplied in: with floats and a `folded` h, in dO; with tiles and `uniform` rows, at the
   // end, in what is written; else in P and dS.
   const bool plain, folded, uniform;
+  const bool covered;  // all rows see all keys: the first product of a sum sets it, and nothing has to be zeroed before
+  const bool in_place;  // floats in whole vectors are summed where they will be read
   float after_weights = 1, after_slopes = 1;
   long next_b = -1, next_g = 0;  // whose gradients this thread computes next; -1: nobody's
   // One block of keys.
   unit *Kt, *Vt, *K;  // panels [units of D][NR], panels [units of Dv][NR], rows [units of keys][Dp]
-  float *dK, *dV;     // [keys][Dp], [keys][Dvp]
+  float *dK, *dV;     // [keys][ld_k], [keys][ld_v]
+  long ld_k, ld_v;
   float *dKt, *dVt;   // with tiles they are summed transposed: [D][keys], [Dv][keys]
   // One block of rows. Q and dO by row for products over channels; Qr and dOr for products over rows.
   unit *Q, *dO, *Qr, *dOr;
@@ -37,7 +40,7 @@ template <class T> struct PointwiseBackward {
   unit *Pt, *dSt, *dS;  // what the products read: pairs of rows, pairs of rows, rows
   long ld_q, ld_do;     // between rows of Qr and dOr
   float *factor, *bias;  // [group][Nq]
-  float *dQ;             // [group][Nq][Dp]
+  float *dQ;             // [group][Nq][Dp]; null: in place, which pays when one block of keys is all
   mutable Ahead rows_ahead;
 
   static long keys_of(const FormixPointwise &p) {
@@ -51,7 +54,7 @@ template <class T> struct PointwiseBackward {
     float *next = memory;
     auto take = [&](long n) { float *r = next; next += (n + 15) / 16 * 16; return r; };
     Kt = (unit *)take(block_keys * units), Vt = (unit *)take(block_keys * units_v), K = (unit *)take(block_keys * Dp);
-    dK = take(block_keys * Dp), dV = take(block_keys * Dvp);
+    if (!in_place) dK = take(block_keys * Dp), dV = take(block_keys * Dvp), ld_k = Dp, ld_v = Dvp;
     Q = (unit *)take(ROWS * LDA), dO = (unit *)take(ROWS * LDA);
     S = take(ROWS * LDA), dP = take(ROWS * LDA);
     if (pairs) {
@@ -66,7 +69,7 @@ template <class T> struct PointwiseBackward {
       dKt = take(D * block_keys), dVt = take(Dv * block_keys);
     }
     factor = take(group * p.Nq), bias = take(group * p.Nq);
-    dQ = query_gradient ? query_gradient : take(query_gradient_size(p));
+    dQ = query_gradient || (in_place && block_keys >= p.Nk) ? query_gradient : take(query_gradient_size(p));
     return next - memory;
   }
 
@@ -76,7 +79,8 @@ template <class T> struct PointwiseBackward {
         block_rows(even_block(p.Nq, ROWS, STEP)),
         plain(p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS),
         folded(!pairs && plain && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)),
-        uniform(T::tiles && plain && !p.causal && !p.mask.data) {
+        uniform(T::tiles && plain && !p.causal && !p.mask.data), covered(!p.causal && !p.mask.data && p.Nq > 0 && p.Nk > 0),
+        in_place(!pairs && p.type == FORMIX_F32 && D % W == 0 && Dv % W == 0) {
 #if defined(FORMIX_TILES)
     if (!uniform) return;
     float factor, bias;
@@ -235,11 +239,19 @@ template <class T> struct PointwiseBackward {
   }
 #endif
 
+  float *row_in(const FormixTensor &t, long h, long n) const { return (float *)row_of(t, p.type, b, h, n); }
+  void zero(float *to, long rows, long n, long ld) const {
+    for (long r = 0; !covered && r < rows; r++) memset(to + r * ld, 0, sizeof(float) * n);
+  }
+
   // The key blocks part, part + parts, ...: dK and dV of those are complete, dQ is their share.
-  void run(long part, long parts) const {
+  void run(long part, long parts) {
     typename T::session session;
     (void)session;
-    memset(dQ, 0, sizeof(float) * query_gradient_size(p));
+    if (dQ)
+      zero(dQ, group * p.Nq, Dp, Dp);
+    else
+      for (long e = 0; e < group; e++) zero(row_in(p.grad_q, g * group + e, 0), p.Nq, D, p.grad_q.token);
     for (long e = 0; e < group; e++)
       Visibility(p, b, g * group + e).rows(p, 0, p.Nq, factor + e * p.Nq, bias + e * p.Nq);
     for (long j0 = part * block_keys; j0 < p.Nk; j0 += parts * block_keys) {
@@ -248,13 +260,14 @@ template <class T> struct PointwiseBackward {
       pack_transposed<T>(p.v, p.type, b, g, j0, held, Dv, Vt);
       pack_rows<T>(p.k, p.type, b, g, j0, held, D, K);
       if (T::tiles) memset(K + (held + 1) / 2 * Dp, 0, sizeof(unit) * (round_up(held, NR) / 2 - (held + 1) / 2) * Dp);
-      if (T::tiles) {
-        memset(dKt, 0, sizeof(float) * D * block_keys);
-        memset(dVt, 0, sizeof(float) * Dv * block_keys);
-      } else {
-        memset(dK, 0, sizeof(float) * held * Dp);
-        memset(dV, 0, sizeof(float) * held * Dvp);
+      if (in_place) {
+        dK = row_in(p.grad_k, g, j0), ld_k = p.grad_k.token;
+        dV = row_in(p.grad_v, g, j0), ld_v = p.grad_v.token;
       }
+      if (T::tiles)
+        zero(dKt, D, block_keys, block_keys), zero(dVt, Dv, block_keys, block_keys);
+      else
+        zero(dK, held, D, ld_k), zero(dV, held, Dv, ld_v);
       for (long e = 0; e < group; e++) {
         const long h = g * group + e;
         const Visibility see(p, b, h);
@@ -268,32 +281,34 @@ template <class T> struct PointwiseBackward {
           read_rows(h, i0, rows, factor + e * p.Nq + i0);
           rows_ahead = next_rows(e, i0 + block_rows, j0 + parts * block_keys < p.Nk);
           rows_ahead.spread(steps(rows, seen));
-          float *dq = dQ + (e * p.Nq + i0) * Dp;
+          float *dq = dQ ? dQ + (e * p.Nq + i0) * Dp : row_in(p.grad_q, h, i0);
+          const long ld_dq = dQ ? Dp : p.grad_q.token;
+          const bool first = covered && e == 0 && i0 == 0;
           for (int s0 = 0; s0 < seen; s0 += STRIP) {
             const int strip = least(STRIP, seen - s0),
                       strip_units = (T::tiles ? round_up(strip, NR) : strip + T::per_unit - 1) / T::per_unit;
             scores(see, e, i0, rows, j0 + s0, strip, s0);
             if constexpr (T::tiles) {  // dV^T = dO^T P: AMX wants rows on the left, and P lies in pairs of rows
               for (int j = 0; j < strip; j += NR) {
-                gemm_panel<T, false, ADD>(Dv, NR, row_units, dOt, 0, Pt + j, LDA, dVt + s0 + j, block_keys);
-                gemm_panel<T, false, ADD>(D, NR, row_units, Qt, 0, dSt + j, LDA, dKt + s0 + j, block_keys);
+                sum_panel<T, false>(first, Dv, NR, row_units, dOt, 0, Pt + j, LDA, dVt + s0 + j, block_keys);
+                sum_panel<T, false>(first, D, NR, row_units, Qt, 0, dSt + j, LDA, dKt + s0 + j, block_keys);
               }
             } else {
               for (int d = 0; d < Dv; d += NR)
-                gemm_panel<T, true, ADD>(strip, Dv - d, row_units, Pt, LDA, dOr + d, ld_do, dV + s0 * Dvp + d, Dvp);
+                sum_panel<T, true>(first, strip, Dv - d, row_units, Pt, LDA, dOr + d, ld_do, dV + s0 * ld_v + d, ld_v);
               for (int d = 0; d < D; d += NR)
-                gemm_panel<T, true, ADD>(strip, D - d, row_units, dSt, LDA, Qr + d, ld_q, dK + s0 * Dp + d, Dp);
+                sum_panel<T, true>(first, strip, D - d, row_units, dSt, LDA, Qr + d, ld_q, dK + s0 * ld_k + d, ld_k);
             }
             for (int d = 0; d < D; d += NR)
-              gemm_panel<T, false, ADD>(filled, D - d, strip_units, dS, 0,
-                                        K + s0 / T::per_unit * Dp + d, Dp, dq + d, Dp);
+              sum_panel<T, false>(covered && j0 == part * block_keys && s0 == 0, filled, D - d, strip_units, dS, 0,
+                                  K + s0 / T::per_unit * Dp + d, Dp, dq + d, ld_dq);
           }
         }
       }
 #if defined(FORMIX_TILES)
       if (T::tiles) by_rows(dKt, D, held, dK, Dp), by_rows(dVt, Dv, held, dV, Dvp);
 #endif
-      for (int j = 0; j < held; j++) {
+      for (int j = 0; !in_place && j < held; j++) {
         write_row((void *)row_of(p.grad_k, p.type, b, g, j0 + j), p.type, D, dK + (long)j * Dp, after_slopes);
         write_row((void *)row_of(p.grad_v, p.type, b, g, j0 + j), p.type, Dv, dV + (long)j * Dvp, after_weights);
       }
@@ -333,7 +348,7 @@ template <class T> static int pointwise_backward(const FormixPointwise &p) {
       }
       backward.lay_out(memory, own);
       backward.run(task % parts, parts);
-      if (!shares) backward.write_query_gradient(0, rows);
+      if (backward.dQ && !shares) backward.write_query_gradient(0, rows);
     }
     if (shares) {
 #pragma omp for schedule(static)
