@@ -8,7 +8,7 @@
 #include "tiles.h"
 
 constexpr int PANEL = 2 * TILE;  // queries and keys of a panel of scores
-constexpr int TILE_KEYS = 384;       // keys of a block of weights, which together with what they meet stays in L1
+constexpr int TILE_KEYS = 384;  // keys of a block of weights, which stays in L1 while keys and values stream past it
 constexpr int LDP = TILE_KEYS / 2 + TILE;  // 32-bit units between rows of weights; not a power of two, for the cache's sake
 
 // A panel of scores on its way to weights: rows first .. first + n of it, as bf16 pairs of keys.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,12 +93,7 @@ class AttentionCase:
 
         def timed(operator: Operator) -> Call:
             if not self.backward:
-
-                @torch.inference_mode()
-                def forward() -> object:
-                    return operator(q, k, v)
-
-                return forward
+                return lambda: operator(q, k, v)
             return lambda: torch.autograd.grad(operator(*inputs), inputs, grad)
 
         calls: dict[str, Call] = {}
@@ -118,6 +114,10 @@ class AttentionCase:
             a, b = (torch.randn(side, side).to(q.dtype) for _ in range(2))
             calls[CEILING] = lambda: a @ b
         return calls
+
+    def mode(self) -> AbstractContextManager[object]:
+        """What the calls run in. Entering it is not timed: a model does so once for all its layers."""
+        return torch.inference_mode(not self.backward)
 
     def flops(self, contender: str) -> int:
         """Operations of one call. Attention has 2 products forward and, its scores computed again, 5 backward, each of

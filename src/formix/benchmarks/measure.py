@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -59,17 +60,18 @@ def measure(
             show(repetition * len(cases) + i, repetitions * len(cases), case.name)
             torch.manual_seed(0)
             calls = case.calls()
-            if repetition == 0:
-                start = time.perf_counter()
-                for call in calls.values():  # compilation and first pages are not memory of the call
-                    call()
-                memory[i] = {name: peak_growth(call) for name, call in calls.items()}
-                long = time.perf_counter() - start > 4 * seconds
-            else:
-                long = sum(values[0] for values in medians[i].values()) > seconds
-            times = interleaved_times(
-                calls, repeats=MOST_ROUNDS, seconds=seconds, least=1, warm_up=0 if long else 1, turn=TURN
-            )
+            with case.mode() if hasattr(case, "mode") else nullcontext():
+                if repetition == 0:
+                    start = time.perf_counter()
+                    for call in calls.values():  # compilation and first pages are not memory of the call
+                        call()
+                    memory[i] = {name: peak_growth(call) for name, call in calls.items()}
+                    long = time.perf_counter() - start > 4 * seconds
+                else:
+                    long = sum(values[0] for values in medians[i].values()) > seconds
+                times = interleaved_times(
+                    calls, repeats=MOST_ROUNDS, seconds=seconds, least=1, warm_up=0 if long else 1, turn=TURN
+                )
             for name, values in times.items():
                 medians[i].setdefault(name, []).append(statistics.median(values))
                 rounds[i][name] = rounds[i].get(name, 0) + len(values)

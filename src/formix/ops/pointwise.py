@@ -82,7 +82,7 @@ def pointwise_attention(
     given = (activation, length_exponent, length, is_causal, scale, enable_gqa, dropout_p, impl)
     signature = None
     if attn_bias is None:  # which the kernels do not know
-        signature = repeated.signature("pointwise_attention", query, key, value, attn_mask, *given)
+        signature = repeated.signature("pointwise_attention", query, key, value, attn_mask, given)
     if signature is not None and (out := repeated.run(signature, query, key, value, attn_mask)) is not None:
         return out
     query, key, value = autocast_inputs(query, key, value)

@@ -94,20 +94,22 @@ _calls: dict[Hashable, Call] = {}
 
 
 def signature(
-    name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
+    name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
 ) -> Hashable | None:
     """All that a call depends on except the numbers in its tensors; None if it has to take the long way, because
     autocast has something to cast or a transform, a mode, a tracer or a profiler wants to know of it."""
     if _observed():
         return None
-    parts: list[Any] = [name, torch.get_num_threads(), *options]
     for t in (query, key, value) if mask is None else (query, key, value, mask):
         if type(t) is not Tensor or not t.is_cpu or t.is_neg():
             return None
-        parts += (t.shape, t.stride(), t.dtype)
     if torch.is_autocast_enabled("cpu") and {query.dtype, key.dtype, value.dtype} != {torch.get_autocast_dtype("cpu")}:
         return None
-    return tuple(parts)
+    known = (
+        name, options, torch.get_num_threads(), query.shape, query.stride(), query.dtype, key.shape, key.stride(),
+        key.dtype, value.shape, value.stride(), value.dtype,
+    )  # fmt: skip
+    return known if mask is None else (*known, mask.shape, mask.stride(), mask.dtype)
 
 
 def _observed() -> bool:
