@@ -97,7 +97,7 @@ static void pack_transposed(const FormixTensor &t, int64_t type, long b, long h,
   }
 }
 
-// Elements d ... d + W of two rows of bf16, side by side.
+// W elements of two rows of bf16, side by side; elements d ... d + W, zeros past the end of rows of n.
 static INLINE vu pair_of(const uint16_t *low, const uint16_t *high) {
   return widen(*(const vh_at *)low) | (widen(*(const vh_at *)high) << 16);
 }
