@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from formix.benchmarks.measure import Measurable
 from formix.benchmarks.results import CEILING
 from formix.design import Mixer, Pointwise, Sima, design
 from formix.layers.attend import attend
@@ -33,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionCase:
+class AttentionCase(Measurable):
     """One shape, and the designs and baselines that are timed on it.
 
     Contenders are named `relu` (the design on formix's kernels), `relu, avx2` (held to an instruction set),

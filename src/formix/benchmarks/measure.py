@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, Literal, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -24,19 +25,29 @@ def idle(done: int, total: int, name: str) -> None:
     """Shows nothing."""
 
 
-class Measurable(Protocol):
-    """A case that can be measured: a frozen dataclass with these."""
+class Measurable(ABC):
+    """A case that can be measured: the base of a frozen dataclass."""
 
     @property
-    def name(self) -> str: ...
+    @abstractmethod
+    def name(self) -> str:
+        """Unique among the cases of a run."""
 
+    @abstractmethod
     def calls(self) -> dict[str, Callable[[], object]]:
         """Contender -> what is timed."""
-        ...
 
+    @abstractmethod
     def flops(self, contender: str) -> int | None:
-        """Operations of one call of it."""
-        ...
+        """Operations of one call of it; None where nobody counts them."""
+
+    def mode(self) -> AbstractContextManager[object]:
+        """What the calls run in, entered outside the clock."""
+        return nullcontext()
+
+    def profile(self) -> dict[str, dict[str, float]]:
+        """Contender -> part -> seconds of one call; empty if none is wanted."""
+        return {}
 
 
 def measure(
@@ -60,7 +71,7 @@ def measure(
             show(repetition * len(cases) + i, repetitions * len(cases), case.name)
             torch.manual_seed(0)
             calls = case.calls()
-            with case.mode() if hasattr(case, "mode") else nullcontext():
+            with case.mode():
                 if repetition == 0:
                     start = time.perf_counter()
                     for call in calls.values():  # compilation and first pages are not memory of the call
@@ -89,7 +100,7 @@ def measure(
                 )
                 for name in medians[i]
             },
-            profile=case.profile() if hasattr(case, "profile") else {},
+            profile=case.profile(),
         )
         for i, case in enumerate(cases)
     )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formix.benchmarks.flops import count_flops
+from formix.benchmarks.measure import Measurable
 from formix.benchmarks.profile import profile_parts
 from formix.design import design as find_design
 from formix.layers import Block
@@ -23,7 +24,7 @@ PRECISIONS = ("float32", "bfloat16", "autocast")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelCase:
+class ModelCase(Measurable):
     """One model in several designs. The contender `softmax` is timm's own model where the name is one of timm's, else
     formix's in the design softmax (which runs PyTorch's fused attention as transformers does).
 
@@ -85,7 +86,7 @@ class ModelCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockCase:
+class BlockCase(Measurable):
     """One block in several designs on random tokens; the contender `softmax` is formix's block with PyTorch's fused
     softmax attention."""
 

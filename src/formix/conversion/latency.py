@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from formix.benchmarks import count_flops
+from formix.benchmarks.measure import Measurable
 from formix.models.image import image_size
 
 PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertedCase:
+class ConvertedCase(Measurable):
     """A forward pass in inference of "converted", the model in `directory`, and of "softmax", the class of timm's or
     transformers' that it was converted from. Inputs are random and without padding."""
 
