@@ -56,4 +56,31 @@ __attribute__((visibility("default"))) int formix_pointwise_forward(const Formix
 __attribute__((visibility("default"))) int formix_pointwise_backward(const FormixPointwise *);
 __attribute__((visibility("default"))) int formix_l1_forward(const FormixL1 *);
 __attribute__((visibility("default"))) int formix_l1_backward(const FormixL1 *);
+
+// Calls like an earlier one (repeat.cpp). `void *` without a name are Python objects, borrowed; a function that returns one
+// gives a new reference, or null with an exception set. Python's global lock must be held.
+struct FormixPython {
+  const void *exchange;  // DLPack's exchange API of torch.Tensor
+  void *(*save_thread)();  // PyEval_SaveThread, PyEval_RestoreThread, Py_IncRef, PyErr_SetString, PyErr_Clear
+  void (*restore_thread)(void *);
+  void (*increment)(void *);
+  void (*set_error)(void *type, const char *message);
+  void (*clear_error)();
+  void *none, *memory_error;
+};
+struct FormixKept;  // a call: what its tensors have to be, and the kernel with its arguments
+// Returns 0, or 1 if the exchange API is of a version that formix does not know.
+__attribute__((visibility("default"))) int formix_use_python(const FormixPython *);
+// A call, before `next` in a list; null if there is no such thing for these tensors. `arguments` are `words` of eight bytes,
+// with addresses of query, key, value, mask and output at `places`.
+__attribute__((visibility("default"))) FormixKept *formix_keep(FormixKept *next, void *query, void *key, void *value,
+                                                               void *mask, void *out, int (*kernel)(const void *),
+                                                               const void *arguments, int64_t words, const int64_t *places);
+// The call in a list that these tensors fit, or null.
+__attribute__((visibility("default"))) const FormixKept *formix_find(const FormixKept *first, void *query, void *key,
+                                                                     void *value, void *mask);
+// Its output, or None.
+__attribute__((visibility("default"))) void *formix_repeat(const FormixKept *first, void *query, void *key, void *value,
+                                                           void *mask);
+__attribute__((visibility("default"))) void formix_forget(FormixKept *first);  // the whole list
 }

@@ -1,10 +1,13 @@
 """The short way to the kernel: the same numbers as the long way, and never where somebody else has to see the call."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from formix.ops import l1_attention, pointwise_attention, repeated
+from formix.ops.native_library import library_on_tensors
 from formix.ops.registry import native_module
 
 if native_module() is None or not native_module().available()[0]:
@@ -37,7 +40,7 @@ def inputs(dtype=torch.float32, **options):
 
 @pytest.fixture(autouse=True)
 def _nothing_kept(monkeypatch):
-    monkeypatch.setattr(repeated, "_calls", {})
+    monkeypatch.setattr(repeated, "_kept", {})
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_the_second_call_is_short_and_has_the_numbers_of_a_first_one(name, dtype
     other = inputs(dtype)
     out = call(*other)
     assert short() == 1
-    repeated._calls.clear()
+    repeated._kept.clear()
     first = call(*other)
     assert torch.equal(out, first)
     assert out.stride() == first.stride()
@@ -191,9 +194,53 @@ def test_whoever_watches_operators_sees_the_call():
     assert torch.allclose(pointwise_attention(mirrored, k, v), pointwise_attention(-q, k, v))
 
 
+def test_tensors_that_no_kernel_takes_go_the_long_way(short):
+    q, k, v = inputs()
+    pointwise_attention(q, k, v)
+    assert pointwise_attention(*(x.to("meta") for x in (q, k, v))).is_meta
+    with pytest.raises(ValueError, match="4 dimensions"):
+        pointwise_attention(q[None], k[None], v[None])
+    with pytest.raises(RuntimeError, match="Sparse"):
+        pointwise_attention(q.to_sparse(), k, v)
+    mask = torch.ones(N, N, dtype=torch.bool)
+    assert torch.equal(pointwise_attention(q, k, v, attn_mask=mask), pointwise_attention(q, k, v))
+    assert short() == 1
+
+
+def test_a_pytorch_that_hides_its_tensors_from_c(short, monkeypatch):
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    monkeypatch.setattr(repeated, "library_on_tensors", library_on_tensors.__wrapped__)
+    qkv = inputs()
+    assert torch.equal(pointwise_attention(*qkv), pointwise_attention(*qkv))
+    assert short() == 0
+
+
+def test_several_threads_at_once_while_calls_are_forgotten(monkeypatch):
+    monkeypatch.setattr(repeated, "_MOST", 3)
+    cases = [torch.randn(3, 1, 2, n, 8).unbind(0) for n in range(1, 9)]
+    expected = [pointwise_attention(*qkv) for qkv in cases]
+
+    def work(first):
+        for i in range(100):
+            case = (first + i) % len(cases)
+            assert torch.equal(pointwise_attention(*cases[case]), expected[case])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+
+
+def test_outputs_outlive_what_was_kept_and_each_has_its_memory():
+    q, k, v = inputs()
+    pointwise_attention(q, k, v)
+    outputs = [pointwise_attention(q * i, k, v) for i in range(1, 5)]
+    repeated._kept.clear()
+    for i, out in enumerate(outputs, 1):
+        torch.testing.assert_close(out, pointwise_attention(q * i, k, v, impl="reference"))
+
+
 def test_no_more_calls_are_kept_than_a_limit(monkeypatch):
     monkeypatch.setattr(repeated, "_MOST", 4)
     for n in range(1, 12):
         q, k, v = torch.randn(3, 1, 1, n, 8).unbind(0)
         pointwise_attention(q, k, v)
-        assert len(repeated._calls) <= 4
+        assert sum(len(calls.gradients) for calls in repeated._kept.values()) <= 4

@@ -160,7 +160,6 @@ def _keep(
     differentiable_backward: Callable[..., tuple[Tensor, ...]],
 ) -> None:
     """Keeps a call with these inputs (query, key, value, mask), options and result for those like it."""
-    packed = arguments([out, None, None, None, None], *inputs, *options)
     addresses = structure.addresses
 
     def pack_backward(inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> repeated.Packed:
@@ -168,15 +167,16 @@ def _keep(
         return repeated.Packed(kernels[1], packed, (*addresses[:3], *addresses[4:]))
 
     qkv = [t for t in inputs[:3] if t is not None]
-    call = repeated.Call(
-        forward=repeated.Packed(kernels[0], packed, addresses[:5]),
-        shapes=tuple(tuple(t.shape) for t in (*qkv, out)),
-        strides=tuple(_empty(t, t.shape).stride() for t in (*qkv, out)),
+    gradient = repeated.Gradient(
+        shapes=tuple(tuple(t.shape) for t in qkv),
+        strides=tuple(_empty(t, t.shape).stride() for t in qkv),
         options=options,
-        pack_backward=pack_backward,
-        differentiable_backward=differentiable_backward,
+        pack=pack_backward,
+        differentiable=differentiable_backward,
     )
-    repeated.keep(signature, call)
+    packed = arguments([out, None, None, None, None], *inputs, *options)
+    places = (*addresses[:3], addresses[4], addresses[3])
+    repeated.keep(signature, (*inputs, out), kernels[0], packed, places, gradient)
 
 
 def _call(function: Callable[[bytes], int], arguments: bytes) -> None:

@@ -104,6 +104,41 @@ def available() -> tuple[bool, str]:
     return (False, str(loaded)) if isinstance(loaded, UnavailableError) else (True, loaded.formix_isa().decode())
 
 
+class _Python(ctypes.Structure):  # FormixPython
+    _functions = ("PyEval_SaveThread", "PyEval_RestoreThread", "Py_IncRef", "PyErr_SetString", "PyErr_Clear")
+    _fields_ = [(name, ctypes.c_void_p) for name in ("exchange", *_functions, "none", "memory_error")]
+
+
+@functools.cache
+def library_on_tensors() -> ctypes.PyDLL | None:
+    """The library once more, for its functions that take PyTorch's tensors and hold Python's global lock. None where
+    PyTorch does not let C look into its tensors (before 2.10), or the kernels cannot be used."""
+    import torch
+
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None or isinstance(_loaded(), UnavailableError):
+        return None
+    pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    table = _Python(exchange=pointer(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api"))
+    for name in _Python._functions:
+        setattr(table, name, ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p))
+    table.none, table.memory_error = id(None), id(MemoryError)
+    functions = ctypes.PyDLL(library()._name)
+    if functions.formix_use_python(ctypes.byref(table)):
+        return None
+    address, tensor = ctypes.c_void_p, ctypes.py_object
+    inputs = address, tensor, tensor, tensor, tensor
+    for name, result, arguments in (
+        ("keep", address, (*inputs, tensor, address, ctypes.c_char_p, ctypes.c_int64, address)),
+        ("find", address, inputs),
+        ("repeat", tensor, inputs),
+        ("forget", None, (address,)),
+    ):
+        function = getattr(functions, f"formix_{name}")
+        function.restype, function.argtypes = result, arguments
+    return functions
+
+
 def isas() -> dict[str, str]:
     """Every instruction set that formix has kernels for, best first -> "" if it runs here, else why not."""
     loaded = _loaded()

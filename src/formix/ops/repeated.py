@@ -1,12 +1,16 @@
 """Calls like an earlier one go straight to the kernel.
 
 Checks, dispatch and packing take longer than a kernel needs for a short sequence, and a model makes the same call over
-and over. What one call found is kept here under all that it depends on: shapes, strides, types, options and the number
-of threads. A later call that agrees in these, and that only the kernel has to see, changes the addresses and runs.
+and over. What one call found is kept here under all that it depends on: options and number of threads, and in
+native/repeat.cpp the shapes, strides and types of its tensors. A later call that agrees in these, and that only the
+kernel has to see, is one call from Python, which allocates the output and runs.
+
+PyTorch before 2.10 does not show its tensors to C; there every call takes the long way.
 """
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -15,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from formix.ops.native_library import library_on_tensors
 
 _MOST = 1024  # calls are kept, then all are forgotten
 
@@ -37,36 +43,33 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """An attention with everything known but the numbers in its tensors, and its gradient."""
+class Gradient:
+    """Of an attention with everything known but the numbers in its tensors."""
 
-    forward: Packed  # of query, key, value, output and mask
-    shapes: tuple[tuple[int, ...], ...]  # of query, key, value and output
-    strides: tuple[tuple[int, ...], ...]  # of their gradients, and of the output
+    shapes: tuple[tuple[int, ...], ...]  # of query, key and value
+    strides: tuple[tuple[int, ...], ...]  # of their gradients
     options: tuple[Any, ...]  # what all gradients take after grad_out, query, key, value and mask
     # Of (query, key, value, mask) and the gradients of (output, query, key, value).
-    pack_backward: Callable[[tuple[Tensor | None, ...], tuple[Tensor, ...]], Packed]
-    differentiable_backward: Callable[..., tuple[Tensor, ...]]
-    backward: dict[Hashable, Packed] = field(default_factory=dict)  # by what is known of grad_out
+    pack: Callable[[tuple[Tensor | None, ...], tuple[Tensor, ...]], Packed]
+    differentiable: Callable[..., tuple[Tensor, ...]]
+    packed: dict[Hashable, Packed] = field(default_factory=dict)  # by what is known of grad_out
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        out = torch.empty_strided(self.shapes[3], self.strides[3], dtype=query.dtype)
-        self.forward(query, key, value, out, mask)
-        return out
-
-    def gradients(
+    def __call__(
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Those of query, key and value; the caller knows that nobody has to see or differentiate this."""
+        """Those of query, key and value."""
         stride, dtype = grad_out.stride(), query.dtype
-        if grad_out.dtype != dtype or stride[-1] != 1 or type(grad_out) is not Tensor:
-            return self.differentiable_backward(grad_out, query, key, value, mask, *self.options)
         inputs = query, key, value, mask
+        if (
+            torch.is_grad_enabled() or _observed() or type(grad_out) is not Tensor or grad_out.dtype != dtype
+            or stride[-1] != 1 or grad_out.is_neg()
+        ):  # fmt: skip
+            return self.differentiable(grad_out, *inputs, *self.options)
         gradients = tuple(torch.empty_strided(self.shapes[i], self.strides[i], dtype=dtype) for i in range(3))
         known = stride, torch.get_num_threads()
-        packed = self.backward.get(known)
+        packed = self.packed.get(known)
         if packed is None:
-            packed = self.backward[known] = self.pack_backward(inputs, (grad_out, *gradients))
+            packed = self.packed[known] = self.pack(inputs, (grad_out, *gradients))
         packed(*inputs, grad_out, *gradients)
         return gradients
 
@@ -75,41 +78,47 @@ class _WithGradient(torch.autograd.Function):
     """What the operator's registered gradient does, with less around it."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.call = call
+    def forward(
+        ctx: Any, calls: _Calls, gradient: Gradient, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        ctx.gradient = gradient
         ctx.save_for_backward(query, key, value, mask)
-        return call(query, key, value, mask)
+        return calls.repeat(calls.first, query, key, value, mask)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.call
-        if torch.is_grad_enabled() or _observed() or grad_out.is_neg():
-            gradients = call.differentiable_backward(grad_out, *ctx.saved_tensors, *call.options)
-        else:
-            gradients = call.gradients(grad_out, *ctx.saved_tensors)
-        return None, *gradients, None
+        return None, None, *ctx.gradient(grad_out, *ctx.saved_tensors), None
 
 
-_calls: dict[Hashable, Call] = {}
+class _Calls:
+    """Those of one operator with the same options and number of threads."""
+
+    __slots__ = ("find", "first", "gradients", "library", "repeat")
+
+    def __init__(self, library: ctypes.PyDLL) -> None:
+        self.library, self.find, self.repeat = library, library.formix_find, library.formix_repeat
+        self.first: int | None = None  # of a list in native/repeat.cpp
+        self.gradients: dict[int, Gradient] = {}
+
+    def __del__(self) -> None:
+        self.library.formix_forget(self.first)
+
+
+_kept: dict[Hashable, _Calls] = {}
 
 
 def signature(
     name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
 ) -> Hashable | None:
-    """All that a call depends on except the numbers in its tensors; None if it has to take the long way, because
-    autocast has something to cast or a transform, a mode, a tracer or a profiler wants to know of it."""
-    if _observed():
+    """All that a call depends on except its tensors; None if it has to take the long way, because autocast has
+    something to cast or a transform, a mode, a tracer or a profiler wants to know of it."""
+    if _observed() or not (type(query) is type(key) is type(value) is Tensor):
         return None
-    for t in (query, key, value) if mask is None else (query, key, value, mask):
-        if type(t) is not Tensor or not t.is_cpu or t.is_neg():
-            return None
+    if query.is_neg() or key.is_neg() or value.is_neg() or not (mask is None or type(mask) is Tensor):
+        return None
     if torch.is_autocast_enabled("cpu") and {query.dtype, key.dtype, value.dtype} != {torch.get_autocast_dtype("cpu")}:
         return None
-    known = (
-        name, options, torch.get_num_threads(), query.shape, query.stride(), query.dtype, key.shape, key.stride(),
-        key.dtype, value.shape, value.stride(), value.dtype,
-    )  # fmt: skip
-    return known if mask is None else (*known, mask.shape, mask.stride(), mask.dtype)
+    return name, options, torch.get_num_threads()
 
 
 def _observed() -> bool:
@@ -124,20 +133,39 @@ def _observed() -> bool:
     )
 
 
-def keep(signature: Hashable, call: Call) -> None:
-    if len(_calls) >= _MOST:
-        _calls.clear()
-    _calls[signature] = call
+def keep(
+    signature: Hashable,
+    tensors: tuple[Tensor | None, ...],
+    kernel: Any,  # a function of the library
+    arguments: bytes,
+    places: tuple[int, ...],
+    gradient: Gradient,
+) -> None:
+    """Keeps a call of `kernel` with these tensors (query, key, value, mask and output), whose addresses stand at
+    `places` (in words) among its arguments."""
+    library = library_on_tensors()
+    if library is None:
+        return
+    if sum(len(calls.gradients) for calls in _kept.values()) >= _MOST:
+        _kept.clear()
+    calls = _kept.setdefault(signature, _Calls(library))
+    address = ctypes.cast(kernel, ctypes.c_void_p)
+    where = (ctypes.c_int64 * len(places))(*places)
+    kept = library.formix_keep(calls.first, *tensors, address, arguments, len(arguments) // 8, where)
+    if kept is not None:
+        calls.gradients[kept] = gradient
+        calls.first = kept
 
 
 def run(signature: Hashable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The result of a call that was kept, or None if there is none."""
+    """The result of a call like one that was kept, or None if there is none."""
     try:
-        call = _calls.get(signature)
+        calls = _kept.get(signature)
     except TypeError:  # an option that is a list, say: the checks have a sentence for it
         return None
-    if call is None:
+    if calls is None:
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _WithGradient.apply(call, query, key, value, mask)
-    return call(query, key, value, mask)
+        found = calls.find(calls.first, query, key, value, mask)
+        return None if found is None else _WithGradient.apply(calls, calls.gradients[found], query, key, value, mask)
+    return calls.repeat(calls.first, query, key, value, mask)
