@@ -15,7 +15,7 @@ from formix.commands.arguments import names, numbers, parse
 
 if TYPE_CHECKING:
     from formix.benchmarks.measure import Measurable, Show
-    from formix.benchmarks.results import Case, Check
+    from formix.benchmarks.results import Benchmark, Case, Check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def _run(what: str, config: Any, command: str) -> int:
 
     before = None if config.compare is None else records.read(Benchmark, config.compare, "formix bench")
     with _progress() as show:
-        cases, checks = _measure(what, config, show)
+        cases, checks = _measure(what, config, before, show)
     usable, isa = native.available()
     benchmark = Benchmark(
         command=command,
@@ -152,8 +152,6 @@ def _run(what: str, config: Any, command: str) -> int:
     console = Console()
     for table in terminal_tables(benchmark):
         console.print(table)
-    if before is not None:
-        console.print(comparison_table(before, benchmark))
     if config.out is not None:
         out = Path(config.out)
         records.write(benchmark, out / "results.json")
@@ -163,10 +161,14 @@ def _run(what: str, config: Any, command: str) -> int:
         if what == "converted":
             refresh_summary(out.parent)
         console.print(f"Results: {out}", soft_wrap=True)
+    if before is not None:
+        console.print(comparison_table(before, benchmark))
     return 0
 
 
-def _measure(what: str, config: Any, show: Show) -> tuple[tuple[Case, ...], tuple[Check, ...]]:
+def _measure(
+    what: str, config: Any, before: Benchmark | None, show: Show
+) -> tuple[tuple[Case, ...], tuple[Check, ...]]:
     from formix.benchmarks.measure import measure
     from formix.benchmarks.targets import run_targets
 
@@ -175,6 +177,11 @@ def _measure(what: str, config: Any, show: Show) -> tuple[tuple[Case, ...], tupl
         found = run_targets(numbers(config.targets, "targets"), **passes)
         return found.cases, found.checks
     cases: list[Measurable] = CASES[what](config)
+    if before is not None and not {case.name for case in cases} & {case.name for case in before.cases}:
+        raise ValueError(
+            f"{config.compare} has no case in common with this benchmark, whose first is {cases[0].name!r} and that of "
+            f"the file {before.cases[0].name if before.cases else None!r}; give both the same settings and designs."
+        )
     return measure(what, cases, **passes), ()  # type: ignore[arg-type]
 
 
