@@ -7,6 +7,12 @@
 #include "formix.h"
 #include "simd.h"
 
+// Whether h may take scores without their scale, which then goes into h's coefficients: they must not leave the range of
+// floats.
+static INLINE bool takes_raw_scores(const FormixPointwise &p) {
+  return p.activation != FORMIX_SIGMOID_BIAS && p.scale > 1e-12 && p.scale < 1e12;
+}
+
 // e^x by Cephes' expf: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, times 2^n.
 static INLINE vf vexp(vf x) {
   x = vmin(splat(89.0f), vmax(splat(-104.0f), x));

@@ -77,7 +77,7 @@ template <class T> struct PointwiseBackward {
       : p(p), b(b), g(g), group(p.Hq / p.Hkv), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)),
         units(units_of<T>(D)), units_v(units_of<T>(Dv)), block_keys(keys_of(p)),
         block_rows(even_block(p.Nq, ROWS, STEP)),
-        plain(p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS),
+        plain(takes_raw_scores(p)),
         folded(!pairs && plain && (p.activation == FORMIX_RELU || p.activation == FORMIX_IDENTITY)),
         uniform(T::tiles && plain && !p.causal && !p.mask.data), covered(!p.causal && !p.mask.data && p.Nq > 0 && p.Nk > 0),
         in_place(!pairs && p.type == FORMIX_F32 && D % W == 0 && Dv % W == 0) {

@@ -157,7 +157,7 @@ template <class T> struct PointwiseForward {
       memset(Q + rows * ld_q, 0, sizeof(unit) * (round_up(rows, PANEL) - rows) * ld_q);
       with_activation(p.activation, [&](auto act) {
         constexpr int ACT = decltype(act)::value;
-        const bool plain = p.scale > 0 && p.activation != FORMIX_SIGMOID_BIAS;
+        const bool plain = takes_raw_scores(p);
         const Bf16Activation<ACT> f(plain ? (float)p.scale : 1.0f);
         after = f.factor;
         const long step = even_block(end - k0, TILE_KEYS, PANEL);
