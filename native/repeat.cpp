@@ -56,12 +56,12 @@ constexpr int MOST_DIMENSIONS = 4;
 struct Description {
   int64_t type = 0, dimensions = 0, shape[MOST_DIMENSIONS] = {}, strides[MOST_DIMENSIONS] = {};
 };
-// False for what no kernel takes: another device or layout, more dimensions. None has no data.
+// False for what no kernel takes: another device or layout, more dimensions, no memory. None has no data.
 bool look(void *object, Tensor &t) {
   t = {};
   if (object == python.none) return true;
   if (exchange->look(object, &t)) return python.clear_error(), false;
-  return t.device.type == CPU.type && t.dimensions <= MOST_DIMENSIONS;
+  return t.device.type == CPU.type && t.dimensions <= MOST_DIMENSIONS && t.data;
 }
 Description describe(const Tensor &t) {
   Description d{t.type.code << 16 | t.type.bits << 8 | t.type.lanes, t.dimensions};

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import H, close, l1, pointwise
 
-from formix.ops import native
+from formix.ops import native, pointwise_attention
 
 usable, reason = native.available()
 pytestmark = pytest.mark.skipif(not usable, reason=reason)
@@ -279,6 +279,47 @@ def test_compile_fullgraph(name):
     f(b[0] * 2, b[1], b[2]).sum().backward()
     for x, y in zip(a, b, strict=True):
         close(x.grad, y.grad, 1e-6)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compile_for_any_shape(name):
+    f = OPERATORS[name]
+    compiled = torch.compile(lambda q, k, v: f(q * 2, k, v), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (9, 5, 12):
+        q, k, v = torch.randn(3, 2, 2, n, 8).unbind(0)
+        close(compiled(q, k, v), f(q * 2, k, v), 1e-6)
+
+
+def test_compile_for_any_scale():
+    compiled = torch.compile(
+        lambda q, k, v, scale: pointwise_attention(q, k, v, scale=scale), fullgraph=True, backend="aot_eager"
+    )
+    q, k, v = torch.randn(3, 2, 2, 9, 8).unbind(0)
+    for scale in (0.1, 0.2, -0.5):
+        close(compiled(q, k, v, scale), pointwise_attention(q, k, v, scale=scale, impl="reference"), 1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_exported_program_takes_any_strides(name):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return OPERATORS[name](q, k, v)
+
+    q, k, v = (x.detach() for x in inputs64())
+    program = torch.export.export(Module(), (q, k, v)).module()
+    across = [x.mT.contiguous().mT for x in (q, k, v)]
+    close(program(*across), OPERATORS[name](q, k, v), 1e-6)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_erf", "softplus", "sigmoid", "relu"])
+@pytest.mark.parametrize("scale", [1e-300, 1e-42, 1e-38, 1e-13, 1e13, 1e20])
+def test_extreme_scales_in_bf16(activation, scale):
+    q, k, v = torch.randn(3, 1, 2, 33, 32).bfloat16().unbind(0)
+    options = {"activation": activation, "scale": scale}
+    expected = pointwise_attention(q, k, v, **options, impl="reference").float()
+    found = pointwise_attention(q, k, v, **options, impl="native").float()
+    largest = expected.abs().max().clamp(min=1e-30)
+    close(found / largest, expected / largest, 2e-2)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

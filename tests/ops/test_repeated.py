@@ -133,6 +133,51 @@ def test_gradients_from_any_gradient_of_the_output(short):
     assert short() == 2 * len(views)
 
 
+HOOKS = {
+    "contiguous": (lambda t: t.contiguous(), lambda t: t),
+    "copied": (lambda t: t.numpy().copy(), torch.from_numpy),
+    "compressed": (lambda t: t.bfloat16() if t.is_floating_point() else t, lambda t: t),
+    "by channel": (lambda t: t.mT.contiguous(), lambda t: t.mT),
+}
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("name", ["relu", "l1"])
+def test_hooks_on_saved_tensors_change_this_gradient_and_no_other(name, hooks, short):
+    torch.manual_seed(0)
+    packed, weights = torch.randn(2, N, 3, 2, D, requires_grad=True), torch.randn(2, 2, N, D)
+
+    def gradient(pack=None):
+        out_of = CALLS[name]
+        if pack is None:
+            out = out_of(*packed.permute(2, 0, 3, 1, 4))
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(*pack):
+                out = out_of(*packed.permute(2, 0, 3, 1, 4))
+        return torch.autograd.grad(out, packed, weights)[0]
+
+    first, plain = gradient(), gradient()
+    hooked = gradient(HOOKS[hooks])
+    torch.testing.assert_close(hooked, first, **({"rtol": 0.1, "atol": 0.1} if hooks == "compressed" else {}))
+    assert torch.equal(plain, first)
+    assert torch.equal(gradient(), first)
+    assert short() == 3
+
+
+@pytest.mark.parametrize("name", ["relu", "l1"])
+def test_batched_gradients_and_gradients_without_memory(name, short):
+    qkv = [x.detach().requires_grad_() for x in inputs()]
+    batch = torch.randn(3, 2, 2, N, D)
+    expected = [torch.autograd.grad(CALLS[name](*qkv), qkv, g) for g in batch]
+    for _ in range(2):
+        found = torch.autograd.grad(CALLS[name](*qkv), qkv, batch, is_grads_batched=True)
+        for i, gradients in enumerate(expected):
+            torch.testing.assert_close([x[i] for x in found], list(gradients))
+    zero = torch._efficientzerotensor((2, 2, N, D))
+    assert all(not g.any() for g in torch.autograd.grad(CALLS[name](*qkv), qkv, zero))
+    assert short() == 5
+
+
 def test_gradients_of_gradients(short):
     qkv = [x.detach().requires_grad_() for x in inputs()]
 

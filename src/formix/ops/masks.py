@@ -80,7 +80,7 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, below: float 
         return
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
-    if not low <= value < below or math.isinf(value):
+    if not low <= value < below or abs(value) == math.inf:  # torch.compile cannot trace math.isinf
         limits = "finite" if low == -math.inf else f"finite and {low:g} or more"
         raise ValueError(
             f"{name} is {value}; it must be {limits if below == math.inf else f'{low:g} or more and below {below:g}'}."

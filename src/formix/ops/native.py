@@ -184,8 +184,17 @@ def _call(function: Callable[[bytes], int], arguments: bytes) -> None:
         raise MemoryError("The attention kernels could not allocate their working memory.")
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """With channels side by side. An exported program, or a caller of the operator itself, may pass any strides.
+
+    Raises:
+        ValueError: dtypes that differ or that the kernels do not have.
+    """
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or not dtypes <= _TYPES.keys():
+        found = ", ".join(str(t.dtype) for t in tensors)
+        raise ValueError(f"The tensors have dtypes {found}; the kernels take one of {', '.join(map(str, _TYPES))}.")
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _pointwise_arguments(
@@ -217,6 +226,7 @@ def _pointwise_arguments(
 
 
 def _pointwise_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    query, key, value = _dense(query, key, value)
     out = _empty(query, (*query.shape[:3], value.shape[-1]))
     if value.shape[2] == 0:
         return out.zero_()
@@ -231,7 +241,7 @@ def _pointwise_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = [_empty(t, t.shape) for t in (query, key, value)]
     if query.numel() and value.numel():
-        grad_out = _dense(grad_out.to(query.dtype))  # a new tensor must outlive the call
+        grad_out, query, key, value = _dense(grad_out.to(query.dtype), query, key, value)  # must outlive the call
         arguments = _pointwise_arguments([None, grad_out, *gradients], query, key, value, *options)
         _call(library().formix_pointwise_backward, arguments)
     else:
@@ -258,6 +268,7 @@ def _l1_arguments(
 
 
 def _l1_cpu(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, eps: float) -> Tensor:
+    query, key, value = _dense(query, key, value)
     out = _empty(query, (*query.shape[:3], value.shape[-1]))
     if out.numel():
         tensors = [out, None, None, None, None]
@@ -270,7 +281,7 @@ def _l1_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = [_empty(t, t.shape) for t in (query, key, value)]
     if query.numel() and value.numel():
-        grad_out = _dense(grad_out.to(query.dtype))
+        grad_out, query, key, value = _dense(grad_out.to(query.dtype), query, key, value)
         tensors = [None, grad_out, *gradients]
         _call(library().formix_l1_backward, _l1_arguments(tensors, query, key, value, key_padding_mask, eps))
     else:

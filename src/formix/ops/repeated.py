@@ -52,21 +52,25 @@ class Gradient:
     # Of (query, key, value, mask) and the gradients of (output, query, key, value).
     pack: Callable[[tuple[Tensor | None, ...], tuple[Tensor, ...]], Packed]
     differentiable: Callable[..., tuple[Tensor, ...]]
-    packed: dict[Hashable, Packed] = field(default_factory=dict)  # by what is known of grad_out
+    packed: dict[Hashable, Packed] = field(default_factory=dict)  # by all of the tensors but their numbers
 
     def __call__(
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Those of query, key and value."""
-        stride, dtype = grad_out.stride(), query.dtype
         inputs = query, key, value, mask
+        tensors = [t for t in (grad_out, *inputs) if t is not None]  # hooks on saved tensors may have changed them all
         if (
-            torch.is_grad_enabled() or _observed() or type(grad_out) is not Tensor or grad_out.dtype != dtype
-            or stride[-1] != 1 or grad_out.is_neg()
+            torch.is_grad_enabled() or _observed() or not all(map(_is_plain, tensors))
+            or any(t.dtype != query.dtype or t.stride(-1) != 1 for t in (grad_out, key, value, query))
+            or tuple(tuple(t.shape) for t in (query, key, value)) != self.shapes
         ):  # fmt: skip
             return self.differentiable(grad_out, *inputs, *self.options)
-        gradients = tuple(torch.empty_strided(self.shapes[i], self.strides[i], dtype=dtype) for i in range(3))
-        known = stride, torch.get_num_threads()
+        gradients = tuple(
+            torch.empty_strided(shape, strides, dtype=query.dtype)
+            for shape, strides in zip(self.shapes, self.strides, strict=True)
+        )
+        known = (torch.get_num_threads(), *((t.shape, t.stride(), t.dtype) for t in tensors))
         packed = self.packed.get(known)
         if packed is None:
             packed = self.packed[known] = self.pack(inputs, (grad_out, *gradients))
@@ -119,6 +123,14 @@ def signature(
     if torch.is_autocast_enabled("cpu") and {query.dtype, key.dtype, value.dtype} != {torch.get_autocast_dtype("cpu")}:
         return None
     return name, options, torch.get_num_threads()
+
+
+def _is_plain(t: Tensor) -> bool:
+    """It has numbers in the CPU's memory, and they mean what they say."""
+    return not (
+        type(t) is not Tensor or not t.is_cpu or t.is_neg() or t._is_zerotensor() or t.layout != torch.strided
+        or torch._C._functorch.is_legacy_batchedtensor(t)
+    )  # fmt: skip
 
 
 def _observed() -> bool:
