@@ -164,9 +164,14 @@ template <class T> struct PointwiseForward {
         for (long j0 = k0; j0 < end; j0 += step) {
           const int n = least(step, end - j0);
           const unit *k = K + (j0 - k0) * units;
+          auto soon = [&] { rows_ahead.some(), keys_ahead.some(); };
           auto weigh = [&](auto is_plain, auto two) {
-            tile_weights<ACT, is_plain.value, two.value>(f, see, i0, rows, j0, n, units / TILE, Q, k, (float)p.scale, shift, P,
-                                                           [&] { rows_ahead.some(), keys_ahead.some(); });
+            const TileWeights<ACT, is_plain.value, two.value> weights{f, see, i0, rows, j0, n, (float)p.scale, shift, P};
+            if constexpr (!Bf16Activation<ACT>::looked_up) {  // whose time is that of the vectors
+              if (units == TILE) return weights.template run_held<1>(Q, k, soon);
+              if (units == 2 * TILE) return weights.template run_held<2>(Q, k, soon);
+            }
+            weights.run(units / TILE, Q, k, soon);
           };
           auto by_height = [&](auto is_plain) {
             rows > TILE ? weigh(is_plain, Constant<1>{}) : weigh(is_plain, Constant<0>{});

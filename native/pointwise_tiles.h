@@ -1,7 +1,7 @@
 // The two products of pointwise attention's forward on AMX tiles.
 //
-// A panel of 32 x 32 scores never leaves L1: between the multiplications of the next panel, vectors put the last one through
-// h and narrow it to bf16, the left operand of the second product.
+// A panel of 32 x 32 scores never leaves L1: between the multiplications of the next one, vectors put it through h and narrow
+// it to bf16, the left operand of the second product.
 #pragma once
 #include "activation_bf16.h"
 #include "mask.h"
@@ -9,34 +9,35 @@
 
 constexpr int PANEL = 2 * TILE;  // queries and keys of a panel of scores
 constexpr int TILE_KEYS = 384;  // keys of a block of weights, which stays in L1 while keys and values stream past it
+constexpr long HELD_KEYS = 20000;  // bytes of packed keys that may stay in L1 instead
 constexpr int LDP = TILE_KEYS / 2 + TILE;  // 32-bit units between rows of weights; not a power of two, for the cache's sake
 
-// A panel of scores on its way to weights: rows first .. first + n of it, as bf16 pairs of keys.
-template <int ACT, bool PLAIN>
-static INLINE void weigh_rows(const Bf16Activation<ACT> &h, const float *s, int first, int n, float scale,
-                              const float *bias, uint32_t *to) {
-#pragma GCC unroll 4
-  for (int r = first; r < first + n; r++) {
-    vf a = load(s + r * PANEL), b = load(s + r * PANEL + W);
-    if (!PLAIN) a = a * scale + bias[r], b = b * scale + bias[r];
-    store(to + r * LDP, bf16_pair(h(a), h(b)));
-  }
-}
+// What the products of a block of weights share: `rows` <= PANEL queries from i0 on, n keys from j0 on. Weights are
+// [PANEL][LDP]. PLAIN: h takes raw scores. TWO tiles of rows, or one.
+template <int ACT, bool PLAIN, bool TWO> struct TileWeights {
+  const Bf16Activation<ACT> &h;
+  const Visibility &see;
+  const long i0;
+  const int rows;
+  const long j0;
+  const int n;
+  const float scale, *bias;
+  uint32_t *P;
+  static constexpr int height = TWO ? PANEL : TILE;
 
-// Weights of `rows` <= PANEL queries from i0 on and n keys from j0 on, [PANEL][LDP]. Q is [PANEL][16 k_tiles] units, K panels
-// [n / 32][16 k_tiles][32]; both are padded with zeros. PLAIN: h takes raw scores. TWO tiles of rows, or one.
-// `soon` is called once for a panel, to ask for memory.
-template <int ACT, bool PLAIN, bool TWO, class Soon>
-static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, long i0, int rows, long j0, int n,
-                         int k_tiles, const uint32_t *Q, const uint32_t *K, float scale, const float *bias, uint32_t *P,
-                         const Soon &soon) {
-  alignas(64) float panels[2][PANEL * PANEL];
-  const long ldq = (long)k_tiles * TILE;
-  constexpr int height = TWO ? PANEL : TILE;
-  auto weigh = [&](int j, int first, int count) {
-    weigh_rows<ACT, PLAIN>(h, panels[j / PANEL & 1], first, count, scale, bias, P + j / 2);
-  };
-  auto hide = [&](int j) {  // what the rows may not see of the panel at j
+  // Rows first .. first + N of the panel of scores s at key j on their way to weights, as bf16 pairs of keys.
+  template <int N> INLINE void weigh(const float *s, int j, int first) const {
+    s += first * PANEL;
+    uint32_t *to = P + first * LDP + j / 2;
+    const float *row_bias = bias + first;
+#pragma GCC unroll 8
+    for (int r = 0; r < N; r++) {
+      vf a = load(s + r * PANEL), b = load(s + r * PANEL + W);
+      if (!PLAIN) a = a * scale + row_bias[r], b = b * scale + row_bias[r];
+      store(to + r * LDP, bf16_pair(h(a), h(b)));
+    }
+  }
+  void hide(int j) const {  // what the rows may not see of the panel at j
     const long end = least(j + PANEL, n);
     if (!see.mask && !(see.causal && j0 + j + PANEL > i0 + 1)) return;
     for (long r = 0; r < rows; r++) {
@@ -46,7 +47,29 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
       see.apply(i0 + r, j0 + j, j0 + end, x);
       store(to, bf16_pair(load(x), load(x + W)));
     }
-  };
+  }
+  void end() const {  // the last tile holds keys that no row may see, or none
+    if (n % PANEL == 0) return;
+    alignas(64) uint16_t seen[PANEL];
+    for (int j = 0; j < PANEL; j++) seen[j] = j < n % PANEL ? 0xffff : 0;
+    for (int r = 0; r < height; r++) {
+      uint32_t *at = P + r * LDP + n / PANEL * TILE;
+      store(at, load(at) & load((const uint32_t *)seen));
+    }
+  }
+
+  // Q is [PANEL][16 k_tiles] units, K panels [n / 32][16 k_tiles][32]; both are padded with zeros. `soon` is called once for
+  // a panel, to ask for memory.
+  template <class Soon> void run(int k_tiles, const uint32_t *Q, const uint32_t *K, const Soon &soon) const;
+  // The same for K_TILES = 1 or 2 tiles of channels: the queries stay in registers.
+  template <int K_TILES, class Soon> void run_held(const uint32_t *Q, const uint32_t *K, const Soon &soon) const;
+};
+
+template <int ACT, bool PLAIN, bool TWO>
+template <class Soon>
+void TileWeights<ACT, PLAIN, TWO>::run(int k_tiles, const uint32_t *Q, const uint32_t *K, const Soon &soon) const {
+  alignas(64) float panels[2][PANEL * PANEL];
+  const long ldq = (long)k_tiles * TILE;
   const uint32_t *q = Q, *k = K;
   auto load_step = [&] {  // what the next step multiplies
     TILE_LOAD(4, q, ldq * 4);
@@ -65,7 +88,7 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
     TILE_ZERO(3);
     int weighed = j ? 0 : height;
     auto weigh_some = [&] {
-      if (weighed < height) weigh(j - PANEL, weighed, 8), weighed += 8;
+      if (weighed < height) weigh<8>(panels[(j / PANEL & 1) ^ 1], j - PANEL, weighed), weighed += 8;
     };
     q = Q + TILE;
     for (int t = 1;; t++) {
@@ -95,16 +118,74 @@ static void tile_weights(const Bf16Activation<ACT> &h, const Visibility &see, lo
     __asm__ volatile("" ::: "memory");
   }
   const int last = (n - 1) / PANEL * PANEL;
-  weigh(last, 0, height);
+  for (int first = 0; first < height; first += 8) weigh<8>(panels[last / PANEL & 1], last, first);
   hide(last);
-  if (n % PANEL) {  // the last tile holds keys that no row may see, or none
-    alignas(64) uint16_t seen[PANEL];
-    for (int j = 0; j < PANEL; j++) seen[j] = j < n % PANEL ? 0xffff : 0;
-    for (int r = 0; r < height; r++) {
-      uint32_t *at = P + r * LDP + last / 2;
-      store(at, load(at) & load((const uint32_t *)seen));
+  end();
+}
+
+// Few channels make stores of scores and narrowing as dear as products. They and loads of tiles share two ports of the core,
+// and a store waits for its product; so the work on 16 keys is spread: scores are stored while the next 16 keys are
+// multiplied, and half of a panel's rows is weighed in the time of each 16 keys, one such time after its last store.
+template <int ACT, bool PLAIN, bool TWO>
+template <int K_TILES, class Soon>
+void TileWeights<ACT, PLAIN, TWO>::run_held(const uint32_t *Q, const uint32_t *K, const Soon &soon) const {
+  alignas(64) float panels[2][PANEL * PANEL];
+  constexpr long ldq = K_TILES * TILE;
+  constexpr int quarter = height / 4;
+  const bool stream = n * ldq * 4 > HELD_KEYS;
+  auto weigh_old = [&](int j, int q) {  // quarter q of the panel at j, if there is one
+    if (j >= 0) weigh<quarter>(panels[j / PANEL & 1], j, q * quarter);
+  };
+  auto load_keys = [&](const uint32_t *k) {
+    if (stream) {
+      TILE_STREAM(2, k, PANEL * 4);
+      if (K_TILES == 2) TILE_STREAM(3, k + TILE * PANEL, PANEL * 4);
+    } else {
+      TILE_LOAD(2, k, PANEL * 4);
+      if (K_TILES == 2) TILE_LOAD(3, k + TILE * PANEL, PANEL * 4);
     }
+  };
+  // Multiplies 16 keys (if there are `any`), stores the scores of those before at s, weighs quarters q and q + 1 of the panel
+  // at j, and loads the `next` keys.
+  auto block = [&](bool any, float *s, int j, int q, const uint32_t *next) {
+    if (s) TILE_STORE(0, s, PANEL * 4);
+    TILE_ZERO(0);
+    if (any) TILE_MULTIPLY(0, 4, 2);
+    if (any && K_TILES == 2) TILE_MULTIPLY(0, 5, 3);
+    weigh_old(j, q);
+    if (TWO) {
+      if (s) TILE_STORE(1, s + TILE * PANEL, PANEL * 4);
+      TILE_ZERO(1);
+      if (any) TILE_MULTIPLY(1, 6, 2);
+      if (any && K_TILES == 2) TILE_MULTIPLY(1, 7, 3);
+    }
+    if (next) load_keys(next);
+    weigh_old(j, q + 1);
+    __asm__ volatile("" ::: "memory");
+  };
+  __asm__ volatile("" ::: "memory");
+  TILE_LOAD(4, Q, ldq * 4);
+  if (K_TILES == 2) TILE_LOAD(5, Q + TILE, ldq * 4);
+  if (TWO) TILE_LOAD(6, Q + TILE * ldq, ldq * 4);
+  if (TWO && K_TILES == 2) TILE_LOAD(7, Q + TILE * ldq + TILE, ldq * 4);
+  load_keys(K);
+  int j = 0;
+  for (const uint32_t *k = K; j < n; j += PANEL, k += ldq * PANEL) {
+    float *s = panels[j / PANEL & 1], *before = panels[(j / PANEL & 1) ^ 1];
+    block(true, j ? before + TILE : nullptr, j - 2 * PANEL, 2, k + TILE);
+    if (j >= 2 * PANEL) hide(j - 2 * PANEL);
+    soon();
+    block(n - j > TILE, s, j - PANEL, 0, n - j > PANEL ? k + ldq * PANEL : nullptr);
   }
+  float *s = panels[(j / PANEL & 1) ^ 1] + TILE;
+  TILE_STORE(0, s, PANEL * 4);
+  if (TWO) TILE_STORE(1, s + TILE * PANEL, PANEL * 4);
+  __asm__ volatile("" ::: "memory");
+  for (int q = 2; q < 4; q++) weigh_old(j - 2 * PANEL, q);
+  if (j >= 2 * PANEL) hide(j - 2 * PANEL);
+  for (int q = 0; q < 4; q++) weigh_old(j - PANEL, q);
+  hide(j - PANEL);
+  end();
 }
 
 // O [PANEL][ldo] = P V for n keys, added to what is there unless they are the `first`. V is
