@@ -48,4 +48,4 @@ class Designed:
 
     def adapt_checkpoint(self: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's weights as timm reads them: other layouts, position embeddings of another image size."""
-        return checkpoint_filter_fn(state, self)
+        return checkpoint_filter_fn(state, self, antialias=getattr(self, "pos_antialias", True))
