@@ -258,6 +258,25 @@ def test_weights_at_another_image_size(name, tmp_path):
         assert loaded.eval()(torch.randn(1, 3, size, size)).shape == (1, 10)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_torch_func(name):
+    """Gradients of the images and, one by one, of the weights, as autograd has them."""
+    model, images = randomised(name)
+    images.requires_grad_()
+    (expected,) = torch.autograd.grad(model(images).square().sum(), images)
+    close(torch.func.grad(lambda x: model(x).square().sum())(images), expected, 1e-4)
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    weights = {k: p.detach() for k, p in model.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images.detach())
+    model(images).square().sum().backward()
+    for k, p in model.named_parameters():
+        if p.grad is not None:
+            close(each[k].sum(0), p.grad, 1e-3, k)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="no_such_argument"):
         formix.create_model("sima_nano_12_p16", no_such_argument=1)
