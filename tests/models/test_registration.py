@@ -79,6 +79,18 @@ def test_timm_s_description_of_pretrained_weights(base, tmp_path):
         assert torch.equal(other.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
 
 
+def test_where_weights_came_from_is_not_saved(tmp_path):
+    """A path of this machine has no place in a model's config."""
+    softmax = timm.create_model("vit_tiny_patch16_224", **VIT)
+    torch.save(softmax.state_dict(), tmp_path / "w.pth")
+    overlay = {"file": str(tmp_path / "w.pth"), "num_classes": 5}
+    model = formix.create_model("vit_tiny_patch16_224", "relu", pretrained=True, pretrained_cfg_overlay=overlay, **VIT)
+    assert torch.equal(model.head.weight, softmax.head.weight)
+    formix.save(model, tmp_path)
+    assert "w.pth" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(formix.load(tmp_path).head.weight, softmax.head.weight)
+
+
 def test_timm_s_features(tmp_path):
     model = formix.create_model("vit_tiny_patch16_224", "relu", **VIT | {"depth": 4}).eval()
     formix.save(model, tmp_path)
