@@ -132,6 +132,27 @@ def test_vision_transformers(design: str) -> None:
             assert x.spread_after_attention == pytest.approx(y.spread_after_attention, rel=1e-4)
 
 
+@torch.no_grad()
+def test_xcit_and_sima() -> None:
+    """The patches' layers, by hand: x + gamma1 A(LN x), then local patch interaction and the FFN."""
+    size = {"depth": 2, "img_size": 64}
+    stock = timm.create_model("xcit_nano_12_p16_224", **size)
+    for model in (formix.create_model("sima_nano_12_p16", **size), stock):
+        torch.nn.init.normal_(model.blocks[0].gamma1)
+        images, states = torch.randn(2, 3, 64, 64), []
+        result = analyze(model, [images])
+        assert (len(result.layers), result.sequences, result.tokens) == (2, 2, 2 * 16)
+        block = model.eval().blocks[0]
+        block.register_forward_hook(lambda m, a, y, states=states: states.extend((a[0], y)))
+        model(images)
+        x, y = states
+        branch = block.gamma1 * block.attn(block.norm1(x))
+        figures = result.layers[0]
+        assert figures.attention_ratio == pytest.approx(float((branch.norm(dim=-1) / x.norm(dim=-1)).mean()), rel=1e-4)
+        assert figures.spread_after_attention == pytest.approx(float(spread(x + branch).mean()), rel=1e-4)
+        assert figures.spread_after_ffn == pytest.approx(float(spread(y).mean()), rel=1e-4)
+
+
 def test_json_table_and_the_models_state() -> None:
     model = RobertaForMaskedLM(RobertaConfig(**TEXT)).train()
     result = analyze(model, (batch() for _ in range(5)), max_batches=2)
@@ -148,6 +169,8 @@ def test_json_table_and_the_models_state() -> None:
 def test_what_cannot_be_analysed_is_refused() -> None:
     with pytest.raises(ValueError, match="no layers"):
         analyze(torch.nn.Linear(2, 2), [])
+    with pytest.raises(ValueError, match="but those with rotary positions"):
+        analyze(formix.create_model("vit_small_patch16_rope_224", "relu", depth=1, img_size=32), [])
     model = formix.create_model("bert-tiny", **TEXT)
     one = {"input_ids": torch.tensor([[5, 1]]), "attention_mask": torch.tensor([[1, 0]])}
     for batches in ([], [one]):

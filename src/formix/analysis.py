@@ -46,7 +46,8 @@ _ROLES = (
     ),
     _Role(("ln_1", "attn"), ("attn",), "ln_1"),  # GPT-2
     _Role(("input_layernorm", "self_attn"), ("self_attn",), "input_layernorm"),  # Llama
-    _Role(("norm1", "attn", "ls1"), ("ls1",), "norm1"),  # timm's and formix's Vision Transformers
+    _Role(("norm1", "attn", "ls1"), ("ls1",), "norm1"),  # Vision Transformers, timm's and formix's
+    _Role(("norm1", "attn", "local_mp"), ("drop_path1",), "norm1"),  # XCiT, SimA's released models: the patches' layers
     _Role(("norm", "actgu"), ("actgu",), "norm"),  # Activator
     _Role(("norm", "mgu"), ("mgu",), "norm"),  # NiNformer
 )
@@ -100,7 +101,8 @@ def analyze(
 
     Args:
         model: a text model or Vision Transformer of formix's, or transformers' BERT, RoBERTa, GPT-2 or Llama, or
-            timm's VisionTransformer. It runs in evaluation mode and is left as it was.
+            timm's VisionTransformer or XCiT (the patches' layers; local patch interaction counts to the FFN). It runs
+            in evaluation mode and is left as it was.
         batches: images [B, C, H, W], or a model's keyword arguments (`labels` are left out). Tokens that an
             `attention_mask` [B, N] hides count nowhere; sequences of fewer than two tokens are left out.
         max_batches: stop after so many.
@@ -219,8 +221,9 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, _Role]]:
     ]
     if not found:
         raise ValueError(
-            f"A {type(model).__name__} has no layers that formix can look into; it knows BERT, RoBERTa, GPT-2, Llama, "
-            "Vision Transformers and Activator."
+            f"A {type(model).__name__} has no layers that formix can look into; it knows BERT, RoBERTa, DistilBERT of "
+            "formix's, GPT-2, Llama, vit_*, deit_* and relu_vit_* (but those with rotary positions, norms behind the "
+            "branches or several branches at once), xcit_*, sima_*, Activator and NiNformer."
         )
     return found
 

@@ -153,6 +153,16 @@ def test_an_adapter_on_a_projection_is_not_bypassed(part):
     close(block(x), unfused(block)(x), 1e-6)
 
 
+def test_a_replaced_forward_is_not_bypassed():
+    """accelerate's hooks are none of torch's."""
+    block = block_of().eval()
+    x = torch.randn(2, 7, DIM)
+    before = block(x)
+    forward = block.attn.proj.forward
+    block.attn.proj.forward = lambda x: forward(x) + 1
+    close(block(x), before + 1, 1e-6)
+
+
 def test_a_parametrised_weight_is_not_bypassed():
     class Double(nn.Module):
         def forward(self, weight):

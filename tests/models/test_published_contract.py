@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from oracles import close
+from timm.layers import resample_abs_pos_embed
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 
@@ -229,6 +230,51 @@ def test_compile(name):
     torch.compiler.reset()
     model, images = randomised(name)
     close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images), 1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSES if n != "ninformer_32_p4"])  # its token mixing has one size
+def test_weights_at_another_image_size(name, tmp_path):
+    """Position embeddings are resampled as timm does it, and nothing else changes."""
+    model, images = create(name)
+    formix.save(model, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    expected = model.state_dict()
+    size = 2 * images.shape[-1]
+    if "pos_embed" in expected:
+        grid = [2 * n for n in model.patch_embed.grid_size]
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        expected["pos_embed"] = resample_abs_pos_embed(expected["pos_embed"], grid, num_prefix_tokens=prefix)
+    architecture, arguments = small(name)
+    arguments |= {} if model.design is None else {"design": model.design}
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "w.pth"), "num_classes": 10}}
+    for loaded in (
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size),
+        timm.create_model(architecture, **arguments | {"img_size": size}, **overlay),
+        formix.create_model(tmp_path, img_size=size),
+    ):
+        state = loaded.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[k]) for k, tensor in state.items())
+        assert loaded.eval()(torch.randn(1, 3, size, size)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_torch_func(name):
+    """Gradients of the images and, one by one, of the weights, as autograd has them."""
+    model, images = randomised(name)
+    images.requires_grad_()
+    (expected,) = torch.autograd.grad(model(images).square().sum(), images)
+    close(torch.func.grad(lambda x: model(x).square().sum())(images), expected, 1e-4)
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    weights = {k: p.detach() for k, p in model.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images.detach())
+    model(images).square().sum().backward()
+    for k, p in model.named_parameters():
+        if p.grad is not None:
+            close(each[k].sum(0), p.grad, 1e-3, k)
 
 
 def test_wrong_arguments_are_named():

@@ -54,6 +54,43 @@ def test_timm_creates_by_name():
         timm.create_model("formix_vit", base="vit_tiny_patch16_224", design="rellu")
 
 
+BASES = [  # of every class of trunk, one of them with npz weights in timm's hub
+    "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "vit_relpos_small_patch16_224",
+    "vit_small_patch16_rope_224",
+]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_timm_s_description_of_pretrained_weights(base, tmp_path):
+    """A file of the user's comes before the weights of the base, as for the base itself in timm."""
+    size = {"depth": 2, "img_size": 32, "embed_dim": 48, "num_heads": 3}
+    model = timm.create_model("formix_vit", base=base, design="relu", **size)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    file = {"file": str(tmp_path / "w.pth")}
+    cfg = {k: model.pretrained_cfg[k] for k in ("num_classes", "first_conv", "classifier", "input_size")}
+    for how in ({"pretrained_cfg_overlay": file}, {"pretrained_cfg": file | cfg}):
+        loaded = timm.create_model("formix_vit", base=base, design="relu", pretrained=True, **size, **how)
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+        assert loaded.pretrained_cfg["file"] == file["file"]
+        other = timm.create_model("formix_vit", base=base, design="relu", pretrained=True, num_classes=7, **size, **how)
+        assert other.num_classes == 7
+        assert torch.equal(other.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+
+
+def test_where_weights_came_from_is_not_saved(tmp_path):
+    """A path of this machine has no place in a model's config."""
+    softmax = timm.create_model("vit_tiny_patch16_224", **VIT)
+    torch.save(softmax.state_dict(), tmp_path / "w.pth")
+    overlay = {"file": str(tmp_path / "w.pth"), "num_classes": 5}
+    model = formix.create_model("vit_tiny_patch16_224", "relu", pretrained=True, pretrained_cfg_overlay=overlay, **VIT)
+    assert torch.equal(model.head.weight, softmax.head.weight)
+    formix.save(model, tmp_path)
+    assert "w.pth" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(formix.load(tmp_path).head.weight, softmax.head.weight)
+
+
 def test_timm_s_features(tmp_path):
     model = formix.create_model("vit_tiny_patch16_224", "relu", **VIT | {"depth": 4}).eval()
     formix.save(model, tmp_path)

@@ -228,9 +228,10 @@ def test_timm_s_own_ways_to_a_checkpoint(tmp_path):
     torch.save({"model": model.state_dict(), "epoch": 3, "scaler": {}}, tmp_path / "sima.pth")
     xcit = timm.create_model("xcit_nano_12_p16_224", depth=1)
     torch.save({"model": xcit.state_dict()}, tmp_path / "xcit.pth")
-    by_path = timm.create_model("sima_nano_12_p16", depth=1, checkpoint_path=str(tmp_path / "sima.pth"))
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in by_path.state_dict().items())
     for source, name in ((model, "sima"), (xcit, "xcit")):
+        by_path = timm.create_model("sima_nano_12_p16", depth=1, checkpoint_path=str(tmp_path / f"{name}.pth"))
+        adapted = by_path.adapt_checkpoint(source.state_dict())
+        assert all(torch.equal(v, adapted[k]) for k, v in by_path.state_dict().items())
         overlay = {"file": str(tmp_path / f"{name}.pth")}
         other_head = timm.create_model(
             "sima_nano_12_p16", depth=1, num_classes=7, pretrained=True, pretrained_cfg_overlay=overlay

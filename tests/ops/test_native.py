@@ -1,6 +1,7 @@
 """The CPU kernels, on every instruction set of this machine, against the float64 formulas: output and each gradient by
 name, and as operators of PyTorch (compile, export, autocast, second derivatives)."""
 
+import functools
 import math
 import os
 import subprocess
@@ -11,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import H, close, l1, pointwise
+from torch import func
+from torch.autograd import forward_ad
 
-from formix.ops import native, pointwise_attention
+from formix.ops import l1_attention, native, pointwise_attention
 
 usable, reason = native.available()
 pytestmark = pytest.mark.skipif(not usable, reason=reason)
@@ -279,6 +282,60 @@ def test_compile_fullgraph(name):
     f(b[0] * 2, b[1], b[2]).sum().backward()
     for x, y in zip(a, b, strict=True):
         close(x.grad, y.grad, 1e-6)
+
+
+def one_by_one(f):
+    """`f` of [B, H, N, D] for the batch's entries by themselves."""
+    return lambda *x: f(*(t[None] for t in x))[0]
+
+
+def forward_mode(f, q, k, v):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(q, q.cos()), k, v)).tangent
+
+
+def square(f):
+    return lambda *x: f(*x).square().sum()
+
+
+TRANSFORMS = {
+    "grad": lambda f, *x: func.grad(square(f), (0, 1, 2))(*x),
+    "vjp": lambda f, *x: func.vjp(f, *x)[1](x[0].cos()),
+    "jvp": lambda f, *x: func.jvp(f, x, tuple(t.cos() for t in x)),
+    "jacrev": lambda f, *x: func.jacrev(f)(*x),
+    "jacfwd": lambda f, *x: func.jacfwd(f, 2)(*x),
+    "hessian": lambda f, *x: func.hessian(square(f))(*x),
+    "vmap": lambda f, *x: func.vmap(one_by_one(f))(*x),
+    "vmap of grad": lambda f, *x: func.vmap(func.grad(square(one_by_one(f)), (0, 1, 2)))(*x),
+    "grad of vmap": lambda f, *x: func.grad(square(func.vmap(one_by_one(f))))(*x),
+    "forward mode": forward_mode,
+    "jacobian, forward mode": lambda f, *x: torch.autograd.functional.jacobian(
+        f, x, strategy="forward-mode", vectorize=True
+    ),
+}
+PUBLIC = {
+    "pointwise": functools.partial(pointwise_attention, activation="gelu"),
+    "l1": functools.partial(l1_attention, order="fused"),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_transforms_take_the_reference(name, transform, compiled):
+    """The kernels differentiate backward alone; forward mode would find no gradient and say nothing."""
+    x = [torch.randn(2, 2, 5, 4) for _ in range(3)]
+    run, auto = TRANSFORMS[transform], PUBLIC[name]
+    reference, kernels = (functools.partial(auto, impl=impl) for impl in ("reference", "native"))
+    auto(*x)  # a call that is kept does not go before
+    if compiled and "mode" not in transform:
+        torch.compiler.reset()
+        got = torch.compile(lambda *x: run(auto, *x), fullgraph=True, backend="aot_eager")(*x)
+    else:
+        got = run(auto, *x)
+    torch.testing.assert_close(got, run(reference, *x))
+    with pytest.raises(ValueError, match=r"no transforms of torch\.func and no forward mode"):
+        run(kernels, *x)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

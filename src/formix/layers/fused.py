@@ -99,7 +99,8 @@ class FusedParallel:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)  # accelerate's hooks take the place of the method
 
 
 def _join(attn: Attention, mlp: Mlp, scale1: nn.Module, scale2: nn.Module) -> tuple[Tensor, ...]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from formix.design import GluActivation
-from formix.ops import gated_unit
+from formix.ops.gated import ACTIVATIONS
 
 
 class GatedUnit(nn.Module):
-    """y = (N(act(x W1 + b1)) * N'(x W2 + b2)) W3 + b3 on [B, N, C]; N, N' only with `inner_norm`.
+    """y = (N(act(x W1 + b1)) * N'(x W2 + b2)) W3 + b3 on [B, N, C]; N, N' only with `inner_norm`
+    (`formix.ops.gated_unit`).
 
     It mixes no tokens: masks and the causal flag, which say what a token may see of others, change nothing.
 
@@ -48,14 +49,8 @@ class GatedUnit(nn.Module):
         self.drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        norms: dict[str, Any] = {}
+        # the layers are called, so that an adapter or a hook on one of them is not bypassed
+        u, v = ACTIVATIONS[self.activation](self.fc1(x)), self.fc2(x)  # [B, N, F]
         if self.norm is not None:
-            norms = {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias, "eps": self.norm.eps}
-        if self.norm2 is not None:
-            norms |= {"norm_2_weight": self.norm2.weight, "norm_2_bias": self.norm2.bias}
-        first, second, third = self.fc1, self.fc2, self.fc3
-        y = gated_unit(
-            x, first.weight, first.bias, second.weight, second.bias, third.weight, third.bias,
-            activation=self.activation, **norms,
-        )  # fmt: skip
-        return self.drop(y)
+            u, v = self.norm(u), (self.norm if self.norm2 is None else self.norm2)(v)
+        return self.drop(self.fc3(u * v))

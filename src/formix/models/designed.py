@@ -9,8 +9,12 @@ from torch import Tensor, nn
 
 from formix.design import Design
 
-# these say how a model is trained or placed, not what it is: a saved config.json leaves them out
-RUNTIME_ARGUMENTS = ("device", "dtype", "weight_init", "drop_rate", "drop_path_rate", "pos_drop_rate")
+# these say how a model is trained or placed, or where its weights came from, not what it is: a saved config.json leaves
+# them out
+RUNTIME_ARGUMENTS = (
+    "device", "dtype", "weight_init", "drop_rate", "drop_path_rate", "pos_drop_rate", "pretrained_cfg",
+    "pretrained_cfg_overlay", "cache_dir",
+)  # fmt: skip
 
 
 class Designed:
@@ -48,4 +52,4 @@ class Designed:
 
     def adapt_checkpoint(self: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's weights as timm reads them: other layouts, position embeddings of another image size."""
-        return checkpoint_filter_fn(state, self)
+        return checkpoint_filter_fn(state, self, antialias=getattr(self, "pos_antialias", True))

@@ -82,7 +82,7 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
     model = _entry(config)(**arguments)
     new_classes = "num_classes" in kwargs and kwargs["num_classes"] != config["model_args"].get("num_classes")
     try:
-        missing, unexpected = _load_body(model, directory) if new_classes else _load(model, directory)
+        missing, unexpected = _load(model, directory, new_classes)
     except RuntimeError as error:
         raise ValueError(f"The weights in {directory} do not fit this model: {error}") from None
     if missing:
@@ -95,21 +95,22 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
     return model
 
 
-def _load(model: Any, directory: Path) -> tuple[set[str], set[str]]:
-    """Load the weights; the names that the directory lacks, and those that the model has no place for."""
-    missing, unexpected = load_model(model, str(directory / WEIGHTS), strict=False)
-    return set(missing), set(unexpected)
-
-
-def _load_body(model: Any, directory: Path) -> tuple[set[str], set[str]]:
-    """The same for other classes than the directory's: the classifier keeps its random weights."""
-    head = {id(parameter) for parameter in model.get_classifier().parameters()}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in head}
+def _load(model: Any, directory: Path, new_classes: bool) -> tuple[set[str], set[str]]:
+    """Load the weights, positions resampled for the model's image size; the names that the directory lacks, and those
+    that the model has no place for. For other classes the classifier keeps its random weights."""
     stored = load_file(directory / WEIGHTS)
-    missing, unexpected = model.load_state_dict({k: v for k, v in stored.items() if k not in names}, strict=False)
-    if names:
-        vit._log.warning("the classifier is new (%s): %s has one for others", ", ".join(sorted(names)), directory)
-    return set(missing) - names, set(unexpected)
+    fitted, new = model.adapt_checkpoint(dict(stored)), set()
+    if resampled := [k for k, tensor in fitted.items() if k in stored and tensor.shape != stored[k].shape]:
+        vit._log.warning("resampled from other sizes: %s", ", ".join(sorted(resampled)))
+    if new_classes:
+        head = model.get_classifier()  # a tuple in timm's distilled DeiT
+        parts = head if isinstance(head, tuple) else (head,)
+        places = {id(parameter) for part in parts for parameter in part.parameters()}
+        new = {name for name, parameter in model.named_parameters() if id(parameter) in places}
+    if new:
+        vit._log.warning("the classifier is new (%s): %s has one for others", ", ".join(sorted(new)), directory)
+    missing, unexpected = model.load_state_dict({k: v for k, v in fitted.items() if k not in new}, strict=False)
+    return set(missing) - new, set(unexpected)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

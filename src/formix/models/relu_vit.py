@@ -47,6 +47,11 @@ class ReluVisionTransformer(ImageModel, FormixVisionTransformer):  # type: ignor
             self.pre_logits = None
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
+    def adapt_checkpoint(self: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As timm's, which leaves out `pre_logits`: here it is a layer."""
+        own = {name: tensor for name, tensor in state.items() if name.startswith("pre_logits.")}
+        return FormixVisionTransformer.adapt_checkpoint(self, state) | own
+
     def saved_config(self: Any) -> dict[str, Any]:
         config = super().saved_config()
         config["model_args"] |= {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import load_pretrained
+from timm.models import build_model_with_cfg
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -265,23 +266,14 @@ def _carry_over(source: nn.Module, model: nn.Module) -> None:
 
 def build_for_timm(pretrained: bool = False, **kwargs: Any) -> FormixVisionTransformer | FeatureGetterNet:
     """`create_vit` with the arguments that timm's factory passes; `base` and `design` are in a saved config.json."""
-    source = kwargs.pop("pretrained_cfg", None)
-    for name in ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"):
-        kwargs.pop(name, None)
     if pretrained and "design" not in kwargs:
         raise ValueError("pretrained=True needs the design that the weights were trained in; the config has none.")
     base, design = kwargs.pop("base", "vit_small_patch16_224"), kwargs.pop("design", "softmax")
-    features, indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
-    model: Any = create_vit(base, design, **kwargs)
-    if source:
-        known = source if isinstance(source, dict) else source.to_dict()
-        model.pretrained_cfg = {**model.pretrained_cfg, **known}
-    if pretrained:
-        load_pretrained(
-            model,
-            pretrained_cfg=model.pretrained_cfg,
-            num_classes=model.num_classes,
-            in_chans=model.in_chans,
-            filter_fn=lambda state, model: model.adapt_checkpoint(state),
-        )
-    return FeatureGetterNet(model, out_indices=indices) if features else model
+    return build_model_with_cfg(
+        functools.partial(create_vit, base, design),
+        base,
+        pretrained,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        pretrained_filter_fn=lambda state, model: model.adapt_checkpoint(state),
+        **kwargs,
+    )

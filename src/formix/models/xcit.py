@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -114,6 +115,10 @@ class FormixXcit(ImageModel, Xcit):
         """SimA's code excludes nothing by name; XCiT's trunk the position encoding and the class token."""
         return set() if self.architecture in SIMA else {"pos_embeder.*", "cls_token"}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, of any weights that `adapt_checkpoint` knows: timm's `checkpoint_path` comes straight here."""
+        return super().load_state_dict(self.adapt_checkpoint(dict(state_dict)), strict, assign)
+
     def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights of SimA, the official XCiT or timm's XCiT under this model's names.
 
@@ -170,7 +175,7 @@ def create_xcit(base: str, design: str | Design | None, *, pretrained: bool = Fa
     if pretrained:
         source: Any = timm.create_model(base, pretrained=True, **kwargs)
         model.pretrained_cfg = {**model.pretrained_cfg, **dict(source.pretrained_cfg)}
-        model.load_state_dict(model.adapt_checkpoint(source.state_dict()), strict=True)
+        model.load_state_dict(source.state_dict(), strict=True)
     return model
 
 

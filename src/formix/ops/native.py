@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from formix.ops import repeated
 from formix.ops.native_library import (
@@ -61,6 +62,8 @@ def _cannot_run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     usable, reason = _USABLE
     if not usable:
         return reason
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "the kernels know backward differentiation alone, no transforms of torch.func and no forward mode"
     for name, tensor in (("query", query), ("key", key), ("value", value), ("mask", mask)):
         if tensor is None:
             continue
