@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from formix.benchmarks import count_flops
 from formix.conversion.hybrid import choose_layers
 from formix.conversion.plan import NewWeight, Plan, layer_changes, layers_of_design, shapes
+from formix.conversion.preprocessing import keep_preprocessing
 from formix.conversion.record import Conversion, sha256
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
@@ -57,6 +58,7 @@ def _carried(model: nn.Module, design: str | Design, layers: Sequence[int] | str
     chosen = choose(source, design, layers, keep)
     state, before = source_state(source, model)
     target = like(source.build(chosen), model)
+    keep_preprocessing(target, model)
     plan = carry_over(source, model, target, state, before)
     _count(plan, source, model, target)
     return source, target, plan, state, before
@@ -80,6 +82,7 @@ def restore(model: nn.Module) -> Any:
     if conversion is None:
         raise ValueError(f"This {type(model).__name__} was not converted: it has no record of a source.")
     original = like(conversion.rebuild(), model)
+    keep_preprocessing(original, model)
     state = backward(conversion.moves, _whole(model, conversion)) | conversion.unplaced
     original.load_state_dict(state, strict=True)
     return original.eval()

@@ -122,10 +122,12 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
 
 def _images(model: Any, recovery: Recovery) -> Data:
     own: Any = image_size(model)
-    size = recovery.img_size or own[0]
+    cfg = dict(model.pretrained_cfg)
+    free = getattr(model, "dynamic_img_size", False)
+    size = recovery.img_size or (cfg["input_size"][-1] if free else own[0])
     patch = model.patch_embed.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
-    if not getattr(model, "dynamic_img_size", False) and (size, size) != own:
+    if not free and (size, size) != own:
         raise ValueError(f"img_size is {size}; this model reads images of {own[0]} x {own[1]} alone.")
     if size % patch:
         raise ValueError(f"img_size is {size}; it must be a multiple of the model's patch, {patch}.")
@@ -138,7 +140,6 @@ def _images(model: Any, recovery: Recovery) -> Data:
     )
     if data.task != "image-classification":
         raise ValueError(f"{recovery.data!r} is text, and the model reads images.")
-    cfg = dict(model.pretrained_cfg)
     splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
     return dataclasses.replace(data, **splits, in_chans=len(cfg["mean"]))
 
