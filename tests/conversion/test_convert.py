@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import accelerate
 import pytest
 import timm
 import torch
 import transformers as hf
-from sources import IMAGE, SOURCES, TEXT, inputs, make, run
+from sources import IMAGE, SOURCES, TEXT, UNCOUNTED, inputs, make, run
 from torch import nn
 
 import formix
@@ -41,8 +42,8 @@ def test_softmax_has_the_sources_outputs(name: str) -> None:
     softmax = formix.convert(source, "softmax")
     torch.testing.assert_close(run(softmax, given), run(source, given), rtol=0, atol=1e-10)
     if "input_ids" in given:
-        mask = torch.ones(2, 12, dtype=torch.long)
-        mask[1, 8:] = 0
+        mask = torch.ones_like(given["input_ids"])
+        mask[1, ..., 8:] = 0
         masked = given | {"attention_mask": mask}
         ours, theirs = run(softmax, masked), run(source, masked)
         seen = mask.bool() if ours.dim() == 3 else slice(None)
@@ -138,6 +139,19 @@ def test_the_plan_lists_all_that_happens() -> None:
     assert "query.weight" in " ".join(gated.dropped)
 
 
+@source_
+def test_operations_are_counted_or_said_to_be_unknown(name: str, caplog) -> None:
+    design = "sima" if name in ("xcit", "vit") else "relu"
+    before, after = plan(make(name), design).flops
+    if name in UNCOUNTED:
+        assert (before, after) == (None, None)
+        assert "are not counted" in caplog.text
+    else:
+        assert (after or 0) > 0
+        assert (before or 0) > 0 or name == "xcit"
+        assert "are not counted" not in caplog.text
+
+
 def test_a_folded_norm_is_the_second_norm_of_the_layers_input() -> None:
     """With the mixer's branch at nothing, a parallel layer whose norm was folded is the series layer."""
     source = make("vit")
@@ -189,6 +203,10 @@ def test_a_teacher_is_the_source(name: str) -> None:
     assert all(parameter.requires_grad for parameter in source.parameters())
 
 
+def _offloaded() -> nn.Module:
+    return accelerate.cpu_offload(make("vit").float(), torch.device("cpu"))
+
+
 def _quantised() -> nn.Module:
     model = make("bert").float()
     model.config.quantization_config = {"bits": 4}
@@ -205,6 +223,8 @@ def _quantised() -> nn.Module:
         (lambda: torch.compile(make("bert")), "relu", {}, "compiled"),
         (lambda: nn.DataParallel(make("bert")), "relu", {}, "wrapped"),
         (_quantised, "relu", {}, "quantised"),
+        (lambda: make("bert").to("meta"), "relu", {}, "not in memory"),
+        (_offloaded, "relu", {}, "not in memory"),
         (lambda: "no-such-model", "relu", {}, "no directory, timm name or transformers id"),
         (lambda: make("bert"), "relu", {"layers": "7"}, "layers 0 to 2"),
         (lambda: make("bert"), "relu", {"keep": "relu:0"}, "softmax:NUMBERS"),

@@ -21,6 +21,7 @@ from formix.conversion.objectives import Distillation
 from formix.conversion.pipeline import Recovery, load_recovery_data, parse_stages
 from formix.conversion.pipeline import run as run_pipeline
 from formix.conversion.recover import Stage, recover
+from formix.conversion.report import _inputs
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.sentences import Sentences
 from formix.conversion.taps import answer, tapped
@@ -125,6 +126,15 @@ def test_recovery_brings_a_model_nearer_to_its_source(design: str) -> None:
     for record in records:
         assert record["held_out_after"] < record["held_out_before"]
     assert [s["stage"] for s in model.conversion.stages] == ["match", "align"]
+
+
+@pytest.mark.parametrize("name", ["bert-choices", "distilbert-choices"])
+def test_a_model_of_multiple_choice_is_recovered_and_timed_on_single_choices(name: str) -> None:
+    teacher, model = pair("relu", name)
+    (record,) = recover(model, teacher, sentences(), STAGES[:1])
+    assert record["held_out_after"] < record["held_out_before"]
+    for _, theirs, ours in _inputs(restore(model), model):
+        assert restore(model)(**theirs).logits.shape == model(**ours).logits.shape == (1, 1)
 
 
 class KilledError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,12 @@ def positions(config: Any) -> int | None:
         return None
     before = config.pad_token_id + 1 if config.model_type == "formix_roberta" else 0
     return config.max_position_embeddings - before
+
+
+def as_choices(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors [B, N] as the model's class takes them: for multiple choice [B, 1, N], a single choice each."""
+    multiple = "MultipleChoice" in type(model).__name__
+    return {k: v[:, None] for k, v in batch.items()} if multiple else dict(batch)
 
 
 def _class_for(family: str, task: str) -> Any:
