@@ -94,6 +94,31 @@ def test_a_directory_brings_its_source_back(name: str, tmp_path) -> None:
     assert {"torch", "timm", "transformers", "formix"} <= set(record["versions"])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_a_decoder_generates_with_its_sources_settings(name: str, tmp_path) -> None:
+    from formix.cli import main
+
+    settings = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 17}
+    source, out = tmp_path / "source", tmp_path / "out"
+    make(name).float().save_pretrained(source)
+    hf.GenerationConfig(**settings).save_pretrained(source)
+    model = formix.convert(source, "relu")
+    theirs = hf.GenerationConfig.from_pretrained(source).to_dict()
+    assert main(["convert", str(source), "--design=relu", f"--out={out}"]) == 0
+    for found in (model, formix.load(out), formix.convert(formix.load(out), "paf"), restore(formix.load(out))):
+        assert found.generation_config.to_dict() == theirs
+    assert hf.GenerationConfig.from_pretrained(out).to_dict() == theirs
+    model.generation_config.temperature = 0.1  # of the copy alone
+    assert formix.convert(source, "relu").generation_config.temperature == 0.6
+
+
+def test_settings_of_generation_that_transformers_complains_of_are_kept(tmp_path) -> None:
+    make("llama").float().save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    formix.save(formix.convert(tmp_path / "source", "relu"), tmp_path / "out")
+    assert formix.load(tmp_path / "out").generation_config.temperature == 0.6
+
+
 def test_a_record_goes_along_when_a_loaded_model_is_saved(tmp_path) -> None:
     source = make("bert").float()
     formix.save(formix.convert(source, "sima"), tmp_path / "first")

@@ -58,10 +58,17 @@ def _carried(model: nn.Module, design: str | Design, layers: Sequence[int] | str
     chosen = choose(source, design, layers, keep)
     state, before = source_state(source, model)
     target = like(source.build(chosen), model)
-    keep_preprocessing(target, model)
+    _keep_settings(target, model)
     plan = carry_over(source, model, target, state, before)
     _count(plan, source, model, target)
     return source, target, plan, state, before
+
+
+def _keep_settings(target: Any, source: Any) -> None:
+    """What a model is used with beside its weights: how it generates, how its images are prepared."""
+    keep_preprocessing(target, source)
+    if hasattr(target, "config") and target.can_generate():
+        target.generation_config = copy.deepcopy(source.generation_config)
 
 
 def as_teacher(model: nn.Module) -> Any:
@@ -82,7 +89,7 @@ def restore(model: nn.Module) -> Any:
     if conversion is None:
         raise ValueError(f"This {type(model).__name__} was not converted: it has no record of a source.")
     original = like(conversion.rebuild(), model)
-    keep_preprocessing(original, model)
+    _keep_settings(original, model)
     state = backward(conversion.moves, _whole(model, conversion)) | conversion.unplaced
     original.load_state_dict(state, strict=True)
     return original.eval()
