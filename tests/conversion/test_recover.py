@@ -26,6 +26,7 @@ from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.sentences import Sentences
 from formix.conversion.taps import answer, tapped
 from formix.data import Data
+from formix.models.text import positions
 from formix.training import train
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies" / "conversion"
@@ -307,6 +308,29 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
         load_recovery_data(formix.convert(make("vit"), "relu"), Recovery(data="digits", img_size=64))
     with pytest.raises(ValueError, match="multiple"):
         load_recovery_data(formix.convert(make("hf-dinov2"), "relu"), Recovery(data="digits", img_size=30))
+
+
+@pytest.mark.parametrize(("name", "room"), [("bert", 64), ("roberta", 62), ("distilbert", 64), ("gpt2", 64)])
+def test_text_longer_than_the_models_positions_is_refused_at_the_start(name: str, room: int, tmp_path, capsys) -> None:
+    from formix.cli import main
+
+    make(name).float().save_pretrained(tmp_path / "source")
+    command = ["convert", str(tmp_path / "source"), "--design=relu", f"--out={tmp_path / 'out'}"]
+    for data, stages in (("--recover=text:long.txt", {"stages": "match:3steps"}), ("--perplexity=text:long.txt", {})):
+        recovery = json.dumps({**stages, "sequence_length": 128})
+        assert main([*command, data, f"--recovery={recovery}"]) == 2
+        error = capsys.readouterr().err
+        assert "sequence_length is 128; this " in error
+        assert f"has {room} positions: give {room} or less." in error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=f"has {room} positions"):
+        load_recovery_data(formix.convert(make(name), "relu"), Recovery(data="text:x", sequence_length=room + 1), "x")
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "qwen2", "mistral"])
+def test_models_with_rotary_positions_take_any_length(name: str) -> None:
+    source = make(name)
+    assert positions(source.config) is positions(formix.convert(source, "relu").config) is None
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])

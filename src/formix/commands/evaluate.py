@@ -89,7 +89,7 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
     """
     from formix.data import IMAGES
     from formix.models.image import image_size
-    from formix.models.text import positions
+    from formix.models.text import check_length
     from formix.training.job import JobConfig
 
     fields = {f.name for f in dataclasses.fields(JobConfig)} - {"model"}
@@ -109,9 +109,7 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
             f"The model in {config.model} was trained with a vocabulary of the sentences of {trained['data']!r}, "
             f"and another {changed[0]} makes another one; train it with a --tokenizer to use it elsewhere."
         )
-    room = None if task == "image-classification" else positions(model.config)
-    if room is not None and (config.sequence_length or 0) > room:
-        raise ValueError(f"sequence_length is {config.sequence_length}; the model in {config.model} has {room}.")
+    check_length(model, config.sequence_length or 0)
     return JobConfig(**settings)
 
 

@@ -82,12 +82,15 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     """The data in the form that the model reads, and the samples per step.
 
     Raises:
-        ValueError: words, channels or image sizes that the model does not have.
+        ValueError: words, positions, channels or image sizes that the model does not have.
     """
+    from formix.models.text import check_length
+
     if not hasattr(model, "config"):
         return _images(model, recovery), recovery.batch_size
     if recovery.on_bad_sample == "skip":
         raise ValueError("on_bad_sample='skip' is for images in files, and the model reads text; leave it out.")
+    check_length(model, recovery.sequence_length)
     place = recovery.tokenizer or source
     if place is None:
         raise ValueError("tokenizer is missing; name the directory of the model's own.")
