@@ -310,6 +310,29 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
         load_recovery_data(formix.convert(make("hf-dinov2"), "relu"), Recovery(data="digits", img_size=30))
 
 
+def test_a_tokenizer_is_the_models_own(tmp_path, capsys) -> None:
+    from formix.cli import main
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for place, words in {"own": range(50), "part": range(20), "other": range(20, 40)}.items():
+        vocabulary = {word: i for i, word in enumerate([*special, *map(str, words)])}
+        hf.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path / place)
+    make("bert").float().save_pretrained(tmp_path / "own")
+    make("bert").float().save_pretrained(tmp_path / "none")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} 2 3 {i + 1} ." for i in range(30)))
+    model = formix.convert(tmp_path / "own", "relu")
+    for asked, source in ((None, "own"), ("own", "own"), ("part", "own"), ("other", "none")):
+        tokenizer = asked and str(tmp_path / asked)
+        load_recovery_data(model, Recovery(data=f"text:{text}", tokenizer=tokenizer), tmp_path / source)
+    with pytest.raises(ValueError, match="tokenizer is missing"):
+        load_recovery_data(model, Recovery(data=f"text:{text}"), tmp_path / "none")
+    command = ["convert", str(tmp_path / "own"), "--design=relu", f"--out={tmp_path / 'out'}"]
+    for flag in (f"--recover=text:{text}", f"--sts={tmp_path / 'dev.tsv'}"):
+        assert main([*command, flag, f'--recovery={{"tokenizer": "{tmp_path / "other"}"}}']) == 2
+        assert "in which '20' is token 5; in the model's own, in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "room"), [("bert", 64), ("roberta", 62), ("distilbert", 64), ("gpt2", 64)])
 def test_text_longer_than_the_models_positions_is_refused_at_the_start(name: str, room: int, tmp_path, capsys) -> None:
     from formix.cli import main

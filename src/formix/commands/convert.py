@@ -206,10 +206,11 @@ def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
 
 def _metrics(config: ConvertConfig) -> dict[str, Any]:
     from formix.conversion.metrics import metrics_for
+    from formix.conversion.pipeline import tokenizer_place
 
     recovery, place = _recovery(config)
     return metrics_for(
-        tokenizer=recovery.tokenizer or place,
+        tokenizer=tokenizer_place(recovery, place) if config.sts or config.perplexity else None,
         sts=config.sts,
         probe=config.probe,
         perplexity=config.perplexity,

@@ -24,9 +24,11 @@ from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.base import SPLITS
+from formix.data.text import load_tokenizer
 from formix.models.image import image_size
 from formix.training.parallel import start
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one makes a tokenizer
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
 Metric = Callable[[nn.Module], float]
 
@@ -91,13 +93,11 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     if recovery.on_bad_sample == "skip":
         raise ValueError("on_bad_sample='skip' is for images in files, and the model reads text; leave it out.")
     check_length(model, recovery.sequence_length)
-    place = recovery.tokenizer or source
-    if place is None:
-        raise ValueError("tokenizer is missing; name the directory of the model's own.")
+    place = tokenizer_place(recovery, source)
     if model.can_generate() or recovery.labelled:
         data = load_data(
             recovery.data,
-            tokenizer=str(place),
+            tokenizer=place,
             sequence_length=recovery.sequence_length,
             seed=recovery.seed,
             limit=recovery.limit,
@@ -108,11 +108,9 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
                 "the model's own."
             )
         return data, recovery.batch_size
-    from transformers import AutoTokenizer
-
     data = load_sentences(
         recovery.data,
-        AutoTokenizer.from_pretrained(place, local_files_only=True),
+        load_tokenizer(place),
         vocab_size=model.config.vocab_size,
         tokens=recovery.batch_tokens,
         longest=recovery.sequence_length,
@@ -121,6 +119,29 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
         limit=recovery.limit,
     )
     return data, 1
+
+
+def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
+    """The directory of the tokenizer that text is read with: the one asked for, or the source's own.
+
+    Raises:
+        ValueError: neither, or one with other words or numbers than the source's own.
+    """
+    # of a directory without a vocabulary transformers makes a tokenizer that knows no word
+    has_own = source is not None and any((Path(source) / file).is_file() for file in VOCABULARIES)
+    if recovery.tokenizer is None:
+        if not has_own:
+            raise ValueError("tokenizer is missing; name the directory of the model's own.")
+        return str(source)
+    if has_own:
+        given, own = (load_tokenizer(str(place)).get_vocab() for place in (recovery.tokenizer, source))
+        if other := sorted((number, word) for word, number in given.items() if own.get(word) != number):
+            number, word = other[0]
+            raise ValueError(
+                f"tokenizer is {recovery.tokenizer!r}, in which {word!r} is token {number}; in the model's own, in "
+                f"{str(source)!r}, it is {own.get(word, 'none')}: leave tokenizer out."
+            )
+    return recovery.tokenizer
 
 
 def _images(model: Any, recovery: Recovery) -> Data:
