@@ -96,6 +96,23 @@ def test_a_transformers_model_without_an_image_processor_is_named(tmp_path, capl
     assert f"{tmp_path}: no image processor can be read" in caplog.text
 
 
+def test_formix_eval_reads_images_as_the_source_does(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from formix.cli import main
+
+    source = timm.create_model("vit_small_patch16_224", img_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=10)
+    source.pretrained_cfg = {**source.pretrained_cfg, **OWN}
+    formix.save(formix.convert(source, "softmax"), tmp_path)
+
+    def first_mean(model: Any, data: Any, split: str, batch_size: int) -> float:
+        return data.test[0]["pixel_values"].mean().item()
+
+    monkeypatch.setattr("formix.training.evaluate", first_mean)
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path), "--data=digits", "--img_size=16", "--json"]) == 0
+    pixels = load_data("digits", img_size=16).test.normalised(OWN["mean"], OWN["std"])[0]["pixel_values"]
+    assert json.loads(capsys.readouterr().out)["value"] == pytest.approx(pixels.mean().item())
+
+
 def test_recovery_and_the_command_line_read_images_as_the_source_does(tmp_path, capsys) -> None:
     from formix.cli import main
 

@@ -45,6 +45,7 @@ class EvalConfig:
 def evaluate(arguments: list[str]) -> int:
     """Print the metric of a trained model: formix eval DIR --data=NAME."""
     from formix import load
+    from formix.evaluation.probe import normalised_for
     from formix.training import evaluate as measure
     from formix.training.job import OutputDirectory
 
@@ -65,6 +66,8 @@ def evaluate(arguments: list[str]) -> int:
     model = load(directory)
     job = _job(config, trained, model)
     data = job.load_data()
+    if not trained and hasattr(model, "loaded_from") and data.task == "image-classification":  # converted, not trained
+        data = normalised_for(model, data)
     _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
     value = measure(model, data, config.split, batch_size=config.batch_size)
     figures = {

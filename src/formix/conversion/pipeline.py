@@ -23,8 +23,8 @@ from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
-from formix.data.base import SPLITS
 from formix.data.text import load_tokenizer
+from formix.evaluation.probe import normalised_for
 from formix.models.image import image_size
 from formix.training.parallel import start
 
@@ -146,9 +146,8 @@ def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
 
 def _images(model: Any, recovery: Recovery) -> Data:
     own: Any = image_size(model)
-    cfg = dict(model.pretrained_cfg)
     free = getattr(model, "dynamic_img_size", False)
-    size = recovery.img_size or (cfg["input_size"][-1] if free else own[0])
+    size = recovery.img_size or (model.pretrained_cfg["input_size"][-1] if free else own[0])
     patch = model.patch_embed.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
     if not free and (size, size) != own:
@@ -164,8 +163,7 @@ def _images(model: Any, recovery: Recovery) -> Data:
     )
     if data.task != "image-classification":
         raise ValueError(f"{recovery.data!r} is text, and the model reads images.")
-    splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
-    return dataclasses.replace(data, **splits, in_chans=len(cfg["mean"]))
+    return normalised_for(model, data)
 
 
 def run(
