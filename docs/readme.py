@@ -4,7 +4,7 @@ Between `<!-- table: results.json ... -->` and `<!-- end -->` stand the Markdown
 `formix compare` or `formix bench targets` wrote, or of a directory that `formix convert --record` wrote;
 `<!-- joint: results.json ... -->` joins the files of comparisons in one table, and `<!-- training: DIRECTORY ... -->`
 makes one of what `formix train` left there (config.json and result.json), `<!-- overhead: FILE ... -->` one of what
-scripts/train_overhead.py wrote.
+scripts/train_overhead.py wrote. docs/results/conversion/README.md is made as a whole, of the records beside it.
 `--check` only says whether the tables still are those of the files.
 """
 
@@ -19,9 +19,11 @@ from formix import records
 from formix.benchmarks.results import SCHEMA, Benchmark
 from formix.benchmarks.tables import targets_markdown
 from formix.comparison import joint_markdown, markdown_table, read_results
+from formix.conversion.summary import page as conversion_page
 from formix.conversion.summary import tables as conversion_tables
 
 ROOT = Path(__file__).resolve().parent.parent
+CONVERSIONS = ROOT / "docs" / "results" / "conversion"
 PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 TABLE = re.compile(r"(<!-- (table|joint|training|overhead): ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -83,7 +85,7 @@ def main() -> int:
     changed = 0
     for page in PAGES:
         before = page.read_text()
-        after = TABLE.sub(tables, before)
+        after = conversion_page(CONVERSIONS) if page == CONVERSIONS / "README.md" else TABLE.sub(tables, before)
         if before != after and "--check" not in sys.argv:
             page.write_text(after)
         changed |= before != after

@@ -33,10 +33,16 @@ GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 60, "n_positions"
 SOURCES: dict[str, Callable[[], Any]] = {
     "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**TEXT)),
     "bert-features": lambda: hf.BertModel(hf.BertConfig(**TEXT), add_pooling_layer=False),
+    "bert-choices": lambda: hf.BertForMultipleChoice(hf.BertConfig(**TEXT)),
+    "bert-chunks": lambda: hf.BertModel(hf.BertConfig(**TEXT, chunk_size_feed_forward=3)),
     "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT)),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**DISTIL)),
+    "distilbert-choices": lambda: hf.DistilBertForMultipleChoice(hf.DistilBertConfig(**DISTIL)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
+    "llama-dynamic": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**GROUPED, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    ),
     "qwen2": lambda: hf.Qwen2ForCausalLM(
         hf.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1)
     ),
@@ -60,6 +66,8 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "xcit": lambda: timm.create_model("xcit_nano_12_p16_224", img_size=32, depth=2, num_classes=7),
 }
 
+UNCOUNTED = ("bert-chunks", "llama-dynamic")  # PyTorch cannot run them on shapes alone
+
 
 def make(name: str) -> Any:
     """The source in float64 and evaluation mode, with weights that make blocks matter."""
@@ -74,7 +82,8 @@ def inputs(model: Any) -> dict[str, Tensor]:
     """Tokens, or images, for a source."""
     generator = torch.Generator().manual_seed(1)
     if hasattr(model, "config") and hasattr(model.config, "vocab_size"):
-        return {"input_ids": torch.randint(5, 60, (2, 12), generator=generator)}
+        shape = (2, 3, 12) if "MultipleChoice" in type(model).__name__ else (2, 12)
+        return {"input_ids": torch.randint(5, 60, shape, generator=generator)}
     size = model.config.image_size if hasattr(model, "config") else model.patch_embed.img_size[0]
     return {"pixel_values": torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)}
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import accelerate
 import pytest
 import timm
 import torch
 import transformers as hf
-from sources import IMAGE, SOURCES, TEXT, inputs, make, run
+from sources import IMAGE, SOURCES, TEXT, UNCOUNTED, inputs, make, run
 from torch import nn
 
 import formix
@@ -41,8 +42,8 @@ def test_softmax_has_the_sources_outputs(name: str) -> None:
     softmax = formix.convert(source, "softmax")
     torch.testing.assert_close(run(softmax, given), run(source, given), rtol=0, atol=1e-10)
     if "input_ids" in given:
-        mask = torch.ones(2, 12, dtype=torch.long)
-        mask[1, 8:] = 0
+        mask = torch.ones_like(given["input_ids"])
+        mask[1, ..., 8:] = 0
         masked = given | {"attention_mask": mask}
         ours, theirs = run(softmax, masked), run(source, masked)
         seen = mask.bool() if ours.dim() == 3 else slice(None)
@@ -93,6 +94,31 @@ def test_a_directory_brings_its_source_back(name: str, tmp_path) -> None:
     assert {"torch", "timm", "transformers", "formix"} <= set(record["versions"])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_a_decoder_generates_with_its_sources_settings(name: str, tmp_path) -> None:
+    from formix.cli import main
+
+    settings = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 17}
+    source, out = tmp_path / "source", tmp_path / "out"
+    make(name).float().save_pretrained(source)
+    hf.GenerationConfig(**settings).save_pretrained(source)
+    model = formix.convert(source, "relu")
+    theirs = hf.GenerationConfig.from_pretrained(source).to_dict()
+    assert main(["convert", str(source), "--design=relu", f"--out={out}"]) == 0
+    for found in (model, formix.load(out), formix.convert(formix.load(out), "paf"), restore(formix.load(out))):
+        assert found.generation_config.to_dict() == theirs
+    assert hf.GenerationConfig.from_pretrained(out).to_dict() == theirs
+    model.generation_config.temperature = 0.1  # of the copy alone
+    assert formix.convert(source, "relu").generation_config.temperature == 0.6
+
+
+def test_settings_of_generation_that_transformers_complains_of_are_kept(tmp_path) -> None:
+    make("llama").float().save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    formix.save(formix.convert(tmp_path / "source", "relu"), tmp_path / "out")
+    assert formix.load(tmp_path / "out").generation_config.temperature == 0.6
+
+
 def test_a_record_goes_along_when_a_loaded_model_is_saved(tmp_path) -> None:
     source = make("bert").float()
     formix.save(formix.convert(source, "sima"), tmp_path / "first")
@@ -136,6 +162,19 @@ def test_the_plan_lists_all_that_happens() -> None:
     fresh = {w.name.rpartition(".attention.unit.")[2]: w.rule for w in gated.new}
     assert fresh["fc3.weight"].startswith("0,")
     assert "query.weight" in " ".join(gated.dropped)
+
+
+@source_
+def test_operations_are_counted_or_said_to_be_unknown(name: str, caplog) -> None:
+    design = "sima" if name in ("xcit", "vit") else "relu"
+    before, after = plan(make(name), design).flops
+    if name in UNCOUNTED:
+        assert (before, after) == (None, None)
+        assert "are not counted" in caplog.text
+    else:
+        assert (after or 0) > 0
+        assert (before or 0) > 0 or name == "xcit"
+        assert "are not counted" not in caplog.text
 
 
 def test_a_folded_norm_is_the_second_norm_of_the_layers_input() -> None:
@@ -189,6 +228,10 @@ def test_a_teacher_is_the_source(name: str) -> None:
     assert all(parameter.requires_grad for parameter in source.parameters())
 
 
+def _offloaded() -> nn.Module:
+    return accelerate.cpu_offload(make("vit").float(), torch.device("cpu"))
+
+
 def _quantised() -> nn.Module:
     model = make("bert").float()
     model.config.quantization_config = {"bits": 4}
@@ -205,6 +248,8 @@ def _quantised() -> nn.Module:
         (lambda: torch.compile(make("bert")), "relu", {}, "compiled"),
         (lambda: nn.DataParallel(make("bert")), "relu", {}, "wrapped"),
         (_quantised, "relu", {}, "quantised"),
+        (lambda: make("bert").to("meta"), "relu", {}, "not in memory"),
+        (_offloaded, "relu", {}, "not in memory"),
         (lambda: "no-such-model", "relu", {}, "no directory, timm name or transformers id"),
         (lambda: make("bert"), "relu", {"layers": "7"}, "layers 0 to 2"),
         (lambda: make("bert"), "relu", {"keep": "relu:0"}, "softmax:NUMBERS"),

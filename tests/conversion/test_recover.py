@@ -21,10 +21,12 @@ from formix.conversion.objectives import Distillation
 from formix.conversion.pipeline import Recovery, load_recovery_data, parse_stages
 from formix.conversion.pipeline import run as run_pipeline
 from formix.conversion.recover import Stage, recover
+from formix.conversion.report import _inputs
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.sentences import Sentences
 from formix.conversion.taps import answer, tapped
 from formix.data import Data
+from formix.models.text import positions
 from formix.training import train
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies" / "conversion"
@@ -125,6 +127,15 @@ def test_recovery_brings_a_model_nearer_to_its_source(design: str) -> None:
     for record in records:
         assert record["held_out_after"] < record["held_out_before"]
     assert [s["stage"] for s in model.conversion.stages] == ["match", "align"]
+
+
+@pytest.mark.parametrize("name", ["bert-choices", "distilbert-choices"])
+def test_a_model_of_multiple_choice_is_recovered_and_timed_on_single_choices(name: str) -> None:
+    teacher, model = pair("relu", name)
+    (record,) = recover(model, teacher, sentences(), STAGES[:1])
+    assert record["held_out_after"] < record["held_out_before"]
+    for _, theirs, ours in _inputs(restore(model), model):
+        assert restore(model)(**theirs).logits.shape == model(**ours).logits.shape == (1, 1)
 
 
 class KilledError(Exception):
@@ -297,6 +308,52 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
         load_recovery_data(formix.convert(make("vit"), "relu"), Recovery(data="digits", img_size=64))
     with pytest.raises(ValueError, match="multiple"):
         load_recovery_data(formix.convert(make("hf-dinov2"), "relu"), Recovery(data="digits", img_size=30))
+
+
+def test_a_tokenizer_is_the_models_own(tmp_path, capsys) -> None:
+    from formix.cli import main
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for place, words in {"own": range(50), "part": range(20), "other": range(20, 40)}.items():
+        vocabulary = {word: i for i, word in enumerate([*special, *map(str, words)])}
+        hf.BertTokenizer(vocab=vocabulary).save_pretrained(tmp_path / place)
+    make("bert").float().save_pretrained(tmp_path / "own")
+    make("bert").float().save_pretrained(tmp_path / "none")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} 2 3 {i + 1} ." for i in range(30)))
+    model = formix.convert(tmp_path / "own", "relu")
+    for asked, source in ((None, "own"), ("own", "own"), ("part", "own"), ("other", "none")):
+        tokenizer = asked and str(tmp_path / asked)
+        load_recovery_data(model, Recovery(data=f"text:{text}", tokenizer=tokenizer), tmp_path / source)
+    with pytest.raises(ValueError, match="tokenizer is missing"):
+        load_recovery_data(model, Recovery(data=f"text:{text}"), tmp_path / "none")
+    command = ["convert", str(tmp_path / "own"), "--design=relu", f"--out={tmp_path / 'out'}"]
+    for flag in (f"--recover=text:{text}", f"--sts={tmp_path / 'dev.tsv'}"):
+        assert main([*command, flag, f'--recovery={{"tokenizer": "{tmp_path / "other"}"}}']) == 2
+        assert "in which '20' is token 5; in the model's own, in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "room"), [("bert", 64), ("roberta", 62), ("distilbert", 64), ("gpt2", 64)])
+def test_text_longer_than_the_models_positions_is_refused_at_the_start(name: str, room: int, tmp_path, capsys) -> None:
+    from formix.cli import main
+
+    make(name).float().save_pretrained(tmp_path / "source")
+    command = ["convert", str(tmp_path / "source"), "--design=relu", f"--out={tmp_path / 'out'}"]
+    for data, stages in (("--recover=text:long.txt", {"stages": "match:3steps"}), ("--perplexity=text:long.txt", {})):
+        recovery = json.dumps({**stages, "sequence_length": 128})
+        assert main([*command, data, f"--recovery={recovery}"]) == 2
+        error = capsys.readouterr().err
+        assert "sequence_length is 128; this " in error
+        assert f"has {room} positions: give {room} or less." in error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=f"has {room} positions"):
+        load_recovery_data(formix.convert(make(name), "relu"), Recovery(data="text:x", sequence_length=room + 1), "x")
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "qwen2", "mistral"])
+def test_models_with_rotary_positions_take_any_length(name: str) -> None:
+    source = make(name)
+    assert positions(source.config) is positions(formix.convert(source, "relu").config) is None
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])

@@ -42,6 +42,15 @@ def test_stock_and_formix_models_with_any_head_agree(tokenizer, tmp_path):
     assert headed.training
 
 
+def test_sentences_are_cut_to_the_models_positions(tokenizer):
+    model = formix.create_model(
+        "bert-tiny", task="features", vocab_size=len(tokenizer), max_position_embeddings=8, **SMALL
+    )
+    whole = " ".join(SENTENCES)
+    eight = sentence_embeddings(model, tokenizer, [whole], max_length=8)
+    assert torch.equal(sentence_embeddings(model, tokenizer, [whole]), eight)
+
+
 def test_spearman_of_a_file(tokenizer, tmp_path):
     scores = [4.5, 0.5, 3.0]
     rows = [("a cat sits", "a cat is sitting"), ("stocks fell", "dogs run"), ("the market fell", "stocks fell")]

@@ -63,6 +63,7 @@ def convert(arguments: list[str]) -> int:
     from formix.conversion.carry import plan_conversion
     from formix.conversion.load import load_source
     from formix.conversion.output import ConversionDirectory
+    from formix.models.text import check_length
 
     study, config = _config(arguments)
     if config.out is None and not config.dry_run:
@@ -73,6 +74,8 @@ def convert(arguments: list[str]) -> int:
     places = {name: Path(str(config.out)) / name if len(designs) > 1 else Path(str(config.out)) for name in designs}
     outs = {} if config.dry_run else {name: ConversionDirectory(places[name], config.source) for name in designs}
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
+    if config.recover is not None or config.perplexity is not None:
+        check_length(source, _recovery(config)[0].sequence_length)
     for design in designs:
         if config.dry_run:
             print(plan_conversion(source, design, layers=config.layers, keep=config.keep))
@@ -203,10 +206,11 @@ def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
 
 def _metrics(config: ConvertConfig) -> dict[str, Any]:
     from formix.conversion.metrics import metrics_for
+    from formix.conversion.pipeline import tokenizer_place
 
     recovery, place = _recovery(config)
     return metrics_for(
-        tokenizer=recovery.tokenizer or place,
+        tokenizer=tokenizer_place(recovery, place) if config.sts or config.perplexity else None,
         sts=config.sts,
         probe=config.probe,
         perplexity=config.perplexity,

@@ -45,6 +45,7 @@ class EvalConfig:
 def evaluate(arguments: list[str]) -> int:
     """Print the metric of a trained model: formix eval DIR --data=NAME."""
     from formix import load
+    from formix.evaluation.probe import normalised_for
     from formix.training import evaluate as measure
     from formix.training.job import OutputDirectory
 
@@ -65,6 +66,8 @@ def evaluate(arguments: list[str]) -> int:
     model = load(directory)
     job = _job(config, trained, model)
     data = job.load_data()
+    if not trained and hasattr(model, "loaded_from") and data.task == "image-classification":  # converted, not trained
+        data = normalised_for(model, data)
     _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
     value = measure(model, data, config.split, batch_size=config.batch_size)
     figures = {
@@ -89,7 +92,7 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
     """
     from formix.data import IMAGES
     from formix.models.image import image_size
-    from formix.models.text import positions
+    from formix.models.text import check_length
     from formix.training.job import JobConfig
 
     fields = {f.name for f in dataclasses.fields(JobConfig)} - {"model"}
@@ -109,9 +112,7 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
             f"The model in {config.model} was trained with a vocabulary of the sentences of {trained['data']!r}, "
             f"and another {changed[0]} makes another one; train it with a --tokenizer to use it elsewhere."
         )
-    room = None if task == "image-classification" else positions(model.config)
-    if room is not None and (config.sequence_length or 0) > room:
-        raise ValueError(f"sequence_length is {config.sequence_length}; the model in {config.model} has {room}.")
+    check_length(model, config.sequence_length or 0)
     return JobConfig(**settings)
 
 

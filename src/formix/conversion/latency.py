@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formix.benchmarks import count_flops
 from formix.benchmarks.measure import Measurable
 from formix.models.image import image_size
 
@@ -57,14 +56,20 @@ class ConvertedCase(Measurable):
 
     def flops(self, contender: str) -> int | None:
         """Operations of one call; None for the source's class, whose attention the counter does not see."""
+        from formix.conversion.carry import operations
+
         if contender == "softmax":
             return None
         model = self.models()[contender]
-        return count_flops(model, self._inputs(model, torch.float32))
+        return operations(model, self._inputs(model, torch.float32))
 
     def _inputs(self, model: Any, dtype: torch.dtype) -> dict[str, Tensor] | Tensor:
         if self.tokens is not None:
-            return {"input_ids": torch.randint(0, model.config.vocab_size, (self.batch, self.tokens))}
+            from formix.models.text import as_choices
+
+            return as_choices(
+                model, {"input_ids": torch.randint(0, model.config.vocab_size, (self.batch, self.tokens))}
+            )
         size: Any = image_size(model) if self.img_size is None else (self.img_size, self.img_size)
         return torch.randn(self.batch, model.in_chans, *size).to(dtype)
 

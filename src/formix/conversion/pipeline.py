@@ -23,10 +23,12 @@ from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
-from formix.data.base import SPLITS
+from formix.data.text import load_tokenizer
+from formix.evaluation.probe import normalised_for
 from formix.models.image import image_size
 from formix.training.parallel import start
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one makes a tokenizer
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
 Metric = Callable[[nn.Module], float]
 
@@ -82,19 +84,20 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     """The data in the form that the model reads, and the samples per step.
 
     Raises:
-        ValueError: words, channels or image sizes that the model does not have.
+        ValueError: words, positions, channels or image sizes that the model does not have.
     """
+    from formix.models.text import check_length
+
     if not hasattr(model, "config"):
         return _images(model, recovery), recovery.batch_size
     if recovery.on_bad_sample == "skip":
         raise ValueError("on_bad_sample='skip' is for images in files, and the model reads text; leave it out.")
-    place = recovery.tokenizer or source
-    if place is None:
-        raise ValueError("tokenizer is missing; name the directory of the model's own.")
+    check_length(model, recovery.sequence_length)
+    place = tokenizer_place(recovery, source)
     if model.can_generate() or recovery.labelled:
         data = load_data(
             recovery.data,
-            tokenizer=str(place),
+            tokenizer=place,
             sequence_length=recovery.sequence_length,
             seed=recovery.seed,
             limit=recovery.limit,
@@ -105,11 +108,9 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
                 "the model's own."
             )
         return data, recovery.batch_size
-    from transformers import AutoTokenizer
-
     data = load_sentences(
         recovery.data,
-        AutoTokenizer.from_pretrained(place, local_files_only=True),
+        load_tokenizer(place),
         vocab_size=model.config.vocab_size,
         tokens=recovery.batch_tokens,
         longest=recovery.sequence_length,
@@ -120,12 +121,36 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     return data, 1
 
 
+def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
+    """The directory of the tokenizer that text is read with: the one asked for, or the source's own.
+
+    Raises:
+        ValueError: neither, or one with other words or numbers than the source's own.
+    """
+    # of a directory without a vocabulary transformers makes a tokenizer that knows no word
+    has_own = source is not None and any((Path(source) / file).is_file() for file in VOCABULARIES)
+    if recovery.tokenizer is None:
+        if not has_own:
+            raise ValueError("tokenizer is missing; name the directory of the model's own.")
+        return str(source)
+    if has_own:
+        given, own = (load_tokenizer(str(place)).get_vocab() for place in (recovery.tokenizer, source))
+        if other := sorted((number, word) for word, number in given.items() if own.get(word) != number):
+            number, word = other[0]
+            raise ValueError(
+                f"tokenizer is {recovery.tokenizer!r}, in which {word!r} is token {number}; in the model's own, in "
+                f"{str(source)!r}, it is {own.get(word, 'none')}: leave tokenizer out."
+            )
+    return recovery.tokenizer
+
+
 def _images(model: Any, recovery: Recovery) -> Data:
     own: Any = image_size(model)
-    size = recovery.img_size or own[0]
+    free = getattr(model, "dynamic_img_size", False)
+    size = recovery.img_size or (model.pretrained_cfg["input_size"][-1] if free else own[0])
     patch = model.patch_embed.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
-    if not getattr(model, "dynamic_img_size", False) and (size, size) != own:
+    if not free and (size, size) != own:
         raise ValueError(f"img_size is {size}; this model reads images of {own[0]} x {own[1]} alone.")
     if size % patch:
         raise ValueError(f"img_size is {size}; it must be a multiple of the model's patch, {patch}.")
@@ -138,9 +163,7 @@ def _images(model: Any, recovery: Recovery) -> Data:
     )
     if data.task != "image-classification":
         raise ValueError(f"{recovery.data!r} is text, and the model reads images.")
-    cfg = dict(model.pretrained_cfg)
-    splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
-    return dataclasses.replace(data, **splits, in_chans=len(cfg["mean"]))
+    return normalised_for(model, data)
 
 
 def run(

@@ -47,10 +47,11 @@ def write_report(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def _inputs(source: Any, model: Any) -> list[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
     if hasattr(model, "config"):
-        from formix.models.text import positions
+        from formix.models.text import as_choices, positions
 
         lengths = sorted({min(n, positions(model.config) or n) for n in LENGTHS})
-        batches = [(f"{n} tokens", {"input_ids": torch.ones(1, n, dtype=torch.long)}) for n in lengths]
+        ids = {n: {"input_ids": torch.ones(1, n, dtype=torch.long)} for n in lengths}
+        batches = [(f"{n} tokens", as_choices(model, batch)) for n, batch in ids.items()]
         return [(label, batch, batch) for label, batch in batches]
     own: Any = image_size(model)
     stock = hasattr(source, "config")

@@ -84,6 +84,11 @@ def refuse_wrapped(model: Any) -> None:
     ) or any("quantized" in type(m).__module__ for m in model.modules())
     if quantised or packed:
         raise ValueError("The source is quantised; load it without quantisation and convert that.")
+    if absent := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise ValueError(
+            f"The source's weights are not in memory ({absent} is on the meta device, offloaded or never loaded); load "
+            "it whole, without device_map and offloading, and convert that."
+        )
 
 
 def like(target: nn.Module, source: nn.Module) -> Any:

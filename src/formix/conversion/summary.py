@@ -32,7 +32,12 @@ def write_record(conversion: Conversion, directory: Path, study: str, design: st
 def refresh_summary(directory: Path) -> None:
     """Make the directory's README.md anew if it holds records of conversions."""
     if _records(directory):
-        write_atomically(directory / "README.md", f"# Pretrained models, in other designs\n\n{tables(directory)}")
+        write_atomically(directory / "README.md", page(directory))
+
+
+def page(directory: Path) -> str:
+    """README.md of a directory of records."""
+    return f"# Pretrained models, in other designs\n\n{tables(directory)}"
 
 
 def tables(directory: Path) -> str:
@@ -44,7 +49,8 @@ def tables(directory: Path) -> str:
         "",
         "converted: weights carried over, nothing fitted; calibrated: one gain per head in closed form;",
         "recovered: after the last stage of distillation.",
-        "`formix convert STUDY.yaml --record=DIR` writes a record and this table.",
+        "`formix convert STUDY.yaml --record=DIR` writes a record and this table; `make readme` makes that of formix's",
+        "own records anew.",
     ]
     speeds = [read(Benchmark, path, "formix bench") for path in sorted(directory.glob("*/results.json"))]
     if speeds:

@@ -85,11 +85,13 @@ def answer(model: Any, batch: Batch) -> Answer:
         pooled = [tokens[:, prefix:].mean(1)] + ([tokens[:, 0]] if prefix else [])
         logits = model.forward_head(tokens) if getattr(model, "num_classes", 0) else None
         return Answer(tokens, torch.stack(pooled, 1), logits)
+    from formix.models.text import as_choices
+
     trunk: nn.Module = getattr(model, model.base_model_prefix, model)
     seen: list[Tensor] = []
     handle = trunk.register_forward_hook(lambda _, args, out: seen.append(out[0]))
     try:
-        out = model(**{k: batch[k] for k in INPUTS if k in batch})
+        out = model(**as_choices(model, {k: batch[k] for k in INPUTS if k in batch}))
     finally:
         handle.remove()
     causal = hasattr(model, "generation_config") and model.can_generate()

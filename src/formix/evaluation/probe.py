@@ -40,7 +40,7 @@ def linear_probe(
 
     if data.task != "image-classification":
         raise ValueError(f"A linear probe needs labelled images; {data.name!r} is data for {data.task}.")
-    data = _normalised_for(model, data)
+    data = normalised_for(model, data)
     features: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     for split in SPLITS:
@@ -79,7 +79,7 @@ def image_features(model: Any, dataset: Dataset, *, batch_size: int = 64, precis
     return torch.cat(parts)
 
 
-def _normalised_for(model: Any, data: Data) -> Data:
+def normalised_for(model: Any, data: Data) -> Data:
     """The data under the statistics that the model's weights were trained with, if its config says which."""
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     if "mean" not in cfg or "std" not in cfg:

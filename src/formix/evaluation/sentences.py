@@ -24,10 +24,13 @@ def sentence_embeddings(
     Args:
         model: a transformers encoder, formix's or a stock one; of a model with a head, the trunk is read.
         tokenizer: its tokenizer.
-        sentences: N texts; cut to `max_length` tokens.
+        sentences: N texts; cut to `max_length` tokens, or those that the model has positions for.
         batch_size: sentences in one forward pass, of similar length.
     """
+    from formix.models.text import positions
+
     trunk = model.base_model
+    max_length = min(max_length, positions(model.config) or max_length)
     was_training, device = model.training, next(trunk.parameters()).device
     model.eval()
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding

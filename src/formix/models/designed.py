@@ -40,7 +40,8 @@ class Designed:
         cfg = dict(self.pretrained_cfg)
         kept = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "classifier")
         pretrained_cfg = {k: cfg[k] for k in kept if k in cfg}
-        pretrained_cfg["input_size"] = [self.in_chans, *self.patch_embed.img_size]
+        if not getattr(self, "dynamic_img_size", False):  # else it may take images of another size than its positions'
+            pretrained_cfg["input_size"] = [self.in_chans, *self.patch_embed.img_size]
         return {
             "architecture": "formix_vit",
             "num_classes": self.num_classes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,11 +243,28 @@ _LAYERS = {
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model has positions for; None: any number, by rotation. RoBERTa's follow the padding's."""
-    if config.model_type == "formix_llama":
+    """How many tokens a model, formix's or transformers', has positions for; None: any number, by rotation, or none.
+    RoBERTa's follow the padding's."""
+    if getattr(config, "rope_parameters", None) is not None or not hasattr(config, "max_position_embeddings"):
         return None
-    before = config.pad_token_id + 1 if config.model_type == "formix_roberta" else 0
+    before = config.pad_token_id + 1 if config.model_type.endswith("roberta") else 0
     return config.max_position_embeddings - before
+
+
+def check_length(model: Any, sequence_length: int) -> None:
+    """Raise `ValueError` for text in pieces of more tokens than a model has positions for."""
+    room = positions(model.config) if hasattr(model, "config") else None
+    if room is not None and sequence_length > room:
+        raise ValueError(
+            f"sequence_length is {sequence_length}; this {type(model).__name__} has {room} positions: give {room} or "
+            "less."
+        )
+
+
+def as_choices(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors [B, N] as the model's class takes them: for multiple choice [B, 1, N], a single choice each."""
+    multiple = "MultipleChoice" in type(model).__name__
+    return {k: v[:, None] for k, v in batch.items()} if multiple else dict(batch)
 
 
 def _class_for(family: str, task: str) -> Any:

@@ -196,6 +196,7 @@ def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool 
         model = timm.create_model(name, **kwargs)
         own_blocks.convert(model, kind, chosen)
     model.design, model.base = chosen, name
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (model.in_chans, *model.patch_embed.img_size)}
     model.arguments = {k: v for k, v in asked.items() if k not in RUNTIME_ARGUMENTS}
     if "pos_antialias" in asked:
         model.pos_antialias = asked["pos_antialias"]
