@@ -8,13 +8,14 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from sources import IMAGE, SOURCES, TEXT, inputs, make, run
+from sources import DISTIL, GPT2, GROUPED, IMAGE, SOURCES, TEXT, inputs, make, run
 from torch import nn
 
 import formix
-from formix.conversion import plan, restore
+from formix.conversion import plan, restore, transformers_source
 from formix.conversion.carry import as_teacher
 from formix.models.llama import RMSNorm
+from formix.models.text import FAMILIES
 
 DESIGNS = ("sima", "activator", "parallel", "relu+paf+skip", "relu(gate=sigmoid)")
 source_ = pytest.mark.parametrize("name", list(SOURCES))
@@ -59,6 +60,28 @@ def test_positions_of_dinov2_are_resampled_as_transformers_does(kind: str, tmp_p
     for side in (64, 40, 96):
         given = {"pixel_values": torch.randn(2, 3, side, side)}
         torch.testing.assert_close(run(formix.load(tmp_path), given), run(source, given), rtol=0, atol=1e-5)
+
+
+def _heads() -> list[tuple[str, str]]:
+    """transformers' model types with the classes that formix has for them."""
+    stems = {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+    return [
+        (kind, name)
+        for kind, (family, _) in transformers_source.TEXT.items()
+        for task, c in FAMILIES[family][1].items()
+        if task != "multiple-choice"  # reads [B, choices, N], and operations are counted on [B, N]
+        and hasattr(hf, name := c.__name__.removeprefix("Formix").replace("Llama", stems.get(kind, "Llama")))
+    ]
+
+
+@pytest.mark.parametrize(("kind", "head"), _heads())
+def test_every_head_keeps_every_tensor(kind: str, head: str) -> None:
+    fields = {"distilbert": DISTIL, "gpt2": GPT2}.get(kind, GROUPED)
+    source = getattr(hf, head)(hf.AutoConfig.for_model(kind, **fields))
+    softmax = formix.convert(source, "softmax")
+    assert not softmax.conversion.plan["new"]
+    assert not softmax.conversion.plan["dropped"]
+    assert equal(restore(softmax), source)
 
 
 @source_
