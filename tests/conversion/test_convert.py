@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ import torch
 import transformers as hf
 from sources import DISTIL, GPT2, GROUPED, IMAGE, SOURCES, TEXT, inputs, make, run
 from torch import nn
+from torch.nn.utils import prune
 
 import formix
 from formix.conversion import plan, restore, transformers_source
@@ -240,7 +243,7 @@ def _quantised() -> nn.Module:
             {},
             r"ReLU.* as blocks\.0\.mlp\.act",
         ),
-        (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer="rmsnorm"), "relu", {}, "differ"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer="rmsnorm"), "relu", {}, r"norm1\.bias"),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer=nn.LayerNorm), "relu", {}, "eps=1e-05"),
         (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head"),
     ],
@@ -249,6 +252,66 @@ def test_what_cannot_be_converted_is_refused_in_a_sentence(source, design, optio
     with pytest.raises(ValueError, match=words) as refused:
         formix.convert(source(), design, **options)
     assert str(refused.value).count("\n") == 0
+
+
+def _set(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A change of a model by hand: what `change` makes of a part in its place."""
+
+    def by_hand(model: nn.Module) -> None:
+        place, _, name = part.rpartition(".")
+        setattr(model.get_submodule(place), name, change(model.get_submodule(part)))
+
+    return by_hand
+
+
+def _untie(model: nn.Module) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+
+
+def _weight_norm(linear: nn.Module) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(linear)
+
+
+def _pruned(linear: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(linear, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand", "words"),
+    [
+        ("bert", _set("bert", torch.compile), r"bert\._orig_mod.* before torch\.compile"),
+        ("llama", _set("model.layers.1", torch.compile), r"layers\.1\._orig_mod.* before torch\.compile"),
+        ("vit", _set("blocks.1", torch.compile), r"blocks\.1\._orig_mod.* before torch\.compile"),
+        ("vit", _set("blocks.2.mlp.fc1", _pruned), r"blocks\.2\.mlp\.fc1\.weight_mask.*prune\.remove"),
+        ("bert", _set("bert.encoder.layer.0.output.dense", _weight_norm), "remove_parametrizations"),
+        ("gpt2", _set("transformer.h.0.ln_1", nn.utils.weight_norm), "remove_weight_norm"),
+        ("roberta", _set("classifier.out_proj", lambda _: nn.Linear(32, 9)), r"\[9, 32\] as classifier\.out_proj"),
+        ("vit", _set("head", lambda _: nn.Sequential(nn.Linear(32, 7))), r"nothing as head\.weight"),
+        ("bert", _set("bert.encoder.layer", lambda layers: layers[:2]), r"nothing as bert\.encoder\.layer\.2\."),
+        ("bert", _set("bert.encoder.layer.0.intermediate.intermediate_act_fn", lambda _: nn.ReLU()), r"ReLU\(\) as b"),
+        ("llama", _set("model.layers.0.mlp.act_fn", lambda _: nn.Identity()), r"nothing as model\..*\.act_fn"),
+        ("distilbert", _set("distilbert.embeddings.LayerNorm", lambda _: nn.LayerNorm(32, eps=0.1)), r"eps=0\.1"),
+        ("gpt2", _untie, r"lm_head\.weight differs from transformer\.wte\.weight.* tie_word_embeddings"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("own", [False, True], ids=["source", "converted"])
+def test_what_was_changed_by_hand_is_refused(own, name, by_hand, words) -> None:
+    source = make(name)
+    if own:
+        source = formix.convert(source, "relu")
+    by_hand(source)
+    with pytest.raises(ValueError, match=words):
+        formix.convert(source, "paf")
+
+
+def test_a_source_compiled_in_place_loses_nothing() -> None:
+    """`Module.compile()` leaves the modules and tensors as they are; the result is not compiled."""
+    for name in ("bert", "vit"):
+        source = make(name)
+        source.compile()
+        model = formix.convert(source, "relu")
+        assert equal(restore(model), source)
+        assert model._compiled_call_impl is None
 
 
 def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:

@@ -130,12 +130,17 @@ def carry_over(
     own = target.state_dict()
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     new = [name for name in own if name not in fits]
+    design = _design_of(target)
+    if new and design == source.design:
+        raise ValueError(
+            f"{new[0]} has no weight in this {type(model).__name__}, though the design stays as it is: formix does not "
+            "know the class's tensors by their names."
+        )
     target.load_state_dict(fits, strict=False)
     rules = _start(target, new)
     folded = _fold_norms(target, state, set() if before is None else before.trained_since(model))
     dropped = shapes({k: v for k, v in state.items() if k not in fits})
     dropped |= {k: list(v.shape) for k, v in _unplaced(source, model, before).items()}
-    design = _design_of(target)
     own_mixer = "cross-covariance" if source.design is None else "softmax"
     plan = Plan(
         family=source.family,
