@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -143,6 +144,38 @@ def test_what_a_user_trained_stays_on_the_way_back(caplog) -> None:
     assert "6 tensors were trained after something was folded into them" in caplog.text
     again = formix.convert(model, "parallel")  # and nothing is folded twice
     torch.testing.assert_close(run(again, inputs(source)), run(model, inputs(source)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit", "llama"])
+@pytest.mark.parametrize("casts", ["bfloat16", "float16", "float32", "float32 bfloat16", "bfloat16 float32"])
+def test_a_cast_is_no_training(name: str, casts: str, tmp_path, caplog) -> None:
+    source = make(name).float()
+    model = formix.convert(source, "parallel")
+    formix.save(model, tmp_path)
+    for part in (model, loaded := formix.load(tmp_path)):
+        for cast in casts.split():
+            part.to(getattr(torch, cast))
+    narrowest = torch.bfloat16 if "bfloat16" in casts else getattr(torch, casts)
+    for part in (model, loaded):
+        back = formix.convert(part, "softmax").to(narrowest)
+        assert equal(back, formix.convert(source, "softmax").to(narrowest))
+        assert equal(restore(part).to(narrowest), copy.deepcopy(source).to(narrowest))
+    assert "were trained" not in caplog.text
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    formix.convert(model, "softmax")
+    assert "were trained" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["vit", "hf-vit", "xcit", "bert", "llama"])
+def test_a_directory_keeps_the_type_of_its_weights(name: str, dtype: torch.dtype, tmp_path) -> None:
+    model = formix.convert(make(name).to(dtype), "relu")
+    formix.save(model, tmp_path)
+    loaded = formix.load(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert equal(loaded, model)
 
 
 def test_the_plan_lists_all_that_happens() -> None:

@@ -60,7 +60,7 @@ class ConvertedCase(Measurable):
         if contender == "softmax":
             return None
         model = self.models()[contender]
-        return count_flops(model, self._inputs(model, torch.float32))
+        return count_flops(model, self._inputs(model, next(model.parameters()).dtype))
 
     def _inputs(self, model: Any, dtype: torch.dtype) -> dict[str, Tensor] | Tensor:
         if self.tokens is not None:

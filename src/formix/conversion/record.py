@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from formix.conversion.weight_map import Move
 
 FILE, ASIDE = "conversion.json", "conversion.safetensors"
+CASTS = (torch.float32, torch.bfloat16, torch.float16)  # types that a model may be cast to
 PACKAGES = ("formix", "torch", "timm", "transformers", "safetensors")
 
 
@@ -36,7 +37,8 @@ class Conversion:
     plan: dict[str, Any]
     aside: dict[str, Tensor] = field(default_factory=dict)
     unplaced: dict[str, Tensor] = field(default_factory=dict)
-    folded: dict[str, str] = field(default_factory=dict)  # tensors that something was folded into -> SHA-256 then
+    # tensors that something was folded into -> by type, SHA-256 of what they were then
+    folded: dict[str, dict[str, str]] = field(default_factory=dict)
     request: dict[str, Any] = field(default_factory=dict)  # what `formix convert` was asked for
     stages: list[dict[str, Any]] = field(default_factory=list)  # calibration and recovery, in order
     data: list[dict[str, Any]] = field(default_factory=list)
@@ -60,12 +62,16 @@ class Conversion:
     def note_folded(self, model: nn.Module) -> None:
         """Remember the tensors of a model that something was folded into, as they are now."""
         state = model.state_dict()
-        self.folded = {name: sha256({name: state[name]}) for name in self.plan["folded"]}
+        self.folded = {
+            name: {str(dtype): sha256({name: state[name].to(dtype)}) for dtype in (state[name].dtype, *CASTS)}
+            for name in self.plan["folded"]
+        }
 
     def trained_since(self, model: nn.Module) -> set[str]:
-        """The tensors that something was folded into and that have changed since, in whoever's training."""
+        """The tensors that something was folded into and that have changed since, in whoever's training; a cast to
+        another type, there or there and back, is no change."""
         state = model.state_dict()
-        return {name for name, digest in self.folded.items() if sha256({name: state[name]}) != digest}
+        return {name for name, digests in self.folded.items() if not _is_cast(name, state[name], digests)}
 
     def rebuild(self) -> Any:
         """The source's own class, as its constructor initialises it."""
@@ -120,6 +126,9 @@ class Conversion:
             stored = json.loads((directory / FILE).read_text())
             tensors = load_file(directory / ASIDE)
             mapping = stored.pop("mapping")
+            for name, digest in stored["folded"].items():
+                if isinstance(digest, str):  # of an earlier version: in the model's own type alone
+                    stored["folded"][name] = {str(tensors[f"aside.{name}"].dtype): digest}
             return cls(
                 **stored,
                 moves=[Move(**{**move, "sources": tuple(move["sources"])}) for move in mapping],
@@ -128,6 +137,16 @@ class Conversion:
             )
         except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{directory / FILE} is damaged ({error}); convert the model again.") from None
+
+
+def _is_cast(name: str, tensor: Tensor, digests: dict[str, str]) -> bool:
+    """Whether a tensor is, in a type that holds all its values, what it was then."""
+    for dtype in (tensor.dtype, *CASTS):
+        narrow = tensor.to(dtype)
+        same = torch.equal(narrow.to(tensor.dtype), tensor)
+        if same and str(dtype) in digests and sha256({name: narrow}) == digests[str(dtype)]:
+            return True
+    return False
 
 
 def sha256(state: Mapping[str, Tensor]) -> str:

@@ -93,7 +93,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
 
 def load(directory: str | Path) -> Any:
-    """The model that `save` wrote, in evaluation mode, with the same logits.
+    """The model that `save` wrote, in evaluation mode, with the same logits, in the type of its weights.
 
     Raises:
         ValueError: not a directory of formix's, a design of a newer version, or weights that do not fit.

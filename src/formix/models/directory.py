@@ -157,6 +157,10 @@ def _entry(config: dict[str, Any]) -> Any:
 def _load_image(config: dict[str, Any], directory: Path) -> Any:
     model: Any = _entry(config)(**config["model_args"])
     model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}
+    stored = load_file(directory / WEIGHTS)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in stored:
+            tensor.data = tensor.data.to(stored[name].dtype)
     try:
         load_model(model, str(directory / WEIGHTS), strict=True)
     except RuntimeError as error:
