@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,60 @@ def test_a_record_goes_along_when_a_loaded_model_is_saved(tmp_path) -> None:
     assert equal(restore(formix.load(tmp_path / "second")), source)
     formix.save(formix.create_model("bert-tiny", "relu", vocab_size=60), tmp_path / "second")
     assert sorted(p.name for p in (tmp_path / "second").iterdir()) == ["config.json", "model.safetensors"]
+
+
+LOADERS = {
+    "formix": lambda name: formix.load(name),
+    "timm": lambda name: timm.create_model(f"local-dir:{name}", pretrained=True),
+    "transformers": lambda name: hf.AutoModelForMaskedLM.from_pretrained(name),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [("bert", "transformers"), ("bert", "formix"), ("vit", "timm"), ("vit", "formix"), ("xcit", "timm")],
+)
+def test_every_loader_brings_the_record(name: str, loader: str, tmp_path, monkeypatch) -> None:
+    source, softmax = make(name).float(), formix.convert(make(name).float(), "softmax")
+    formix.save(formix.convert(source, "relu" if name == "xcit" else "parallel"), tmp_path / "converted")
+    monkeypatch.chdir(tmp_path)
+    loaded = LOADERS[loader]("converted")
+    monkeypatch.chdir("/")
+    shutil.rmtree(tmp_path / "converted")
+    assert equal(restore(loaded), source)
+    assert equal(formix.convert(loaded, "softmax"), softmax)
+    formix.save(loaded, tmp_path / "again")
+    assert equal(restore(formix.load(tmp_path / "again")), source)
+
+
+def test_save_pretrained_writes_the_record(tmp_path) -> None:
+    source = make("bert").float()
+    formix.convert(source, "parallel").save_pretrained(tmp_path / "first")
+    hf.AutoModelForMaskedLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert equal(restore(formix.load(tmp_path / "second")), source)
+    formix.create_model("bert-tiny", "relu", vocab_size=60).save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second" / "conversion.json").exists()
+
+
+def test_a_record_that_is_missing_or_of_other_tensors_is_said(tmp_path, caplog) -> None:
+    formix.save(formix.convert(make("bert").float(), "sima+parallel"), tmp_path)
+    trunk = hf.AutoModel.from_pretrained(tmp_path)  # whose tensors have other names than those of the whole
+    formix.convert(trunk, "softmax")
+    assert "no record of a conversion that fits it" in caplog.text
+    assert "encoder.layer.0.output.LayerNorm.weight" in caplog.text
+    with pytest.raises(ValueError, match="with another head"):
+        restore(trunk)
+    other = formix.create_model(tmp_path, design=formix.design("relu+parallel"))
+    caplog.clear()
+    formix.convert(other, "softmax")
+    assert "no record" in caplog.text
+    (tmp_path / "conversion.safetensors").write_bytes(b"no tensors")
+    caplog.clear()
+    assert not hasattr(formix.load(tmp_path), "conversion_record")
+    assert "conversion.json is damaged" in caplog.text
+    caplog.clear()
+    formix.convert(formix.create_model("bert-tiny", vocab_size=60), "activator")  # nothing that softmax has is new
+    assert not caplog.text
 
 
 @torch.no_grad()

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from formix.benchmarks import count_flops
 from formix.conversion.hybrid import choose_layers
 from formix.conversion.plan import NewWeight, Plan, layer_changes, layers_of_design, shapes
-from formix.conversion.record import Conversion, sha256
+from formix.conversion.record import Conversion, design_of, sha256
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
 from formix.conversion.weight_map import forward
 from formix.design import Design
 from formix.models.image import image_size
+from formix.models.recorded import FILE
 
 _log = logging.getLogger("formix")
 TOKENS = 128  # of the sequence on which a text model's operations are counted
@@ -78,7 +79,10 @@ def restore(model: nn.Module) -> Any:
 
     conversion = Conversion.of(model)
     if conversion is None:
-        raise ValueError(f"This {type(model).__name__} was not converted: it has no record of a source.")
+        raise ValueError(
+            f"This {type(model).__name__} has no record of a source that fits it: it was not converted, or is loaded "
+            f"from a directory without its {FILE}, or with another head."
+        )
     original = like(conversion.rebuild(), model)
     state = backward(conversion.moves, _whole(model, conversion)) | conversion.unplaced
     original.load_state_dict(state, strict=True)
@@ -130,12 +134,14 @@ def carry_over(
     own = target.state_dict()
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     new = [name for name in own if name not in fits]
-    design = _design_of(target)
+    design = design_of(target)
     if new and design == source.design:
         raise ValueError(
             f"{new[0]} has no weight in this {type(model).__name__}, though the design stays as it is: formix does not "
             "know the class's tensors by their names."
         )
+    if new and before is None and type(model).__module__.startswith("formix."):
+        _warn_of_lost(source, model, new)
     target.load_state_dict(fits, strict=False)
     rules = _start(target, new)
     folded = _fold_norms(target, state, set() if before is None else before.trained_since(model))
@@ -198,15 +204,24 @@ def _unplaced(source: Source, model: nn.Module, before: Conversion | None) -> di
     return {name: state[name] for name in source.unplaced}
 
 
-def _design_of(model: Any) -> Design:
-    from formix.design import design as find_design
-
-    return find_design(model.config.design if hasattr(model, "config") else model.design)
-
-
 def _before(model: nn.Module, source: Source) -> Any:
     own = type(model).__module__.startswith("formix.")
-    return layers_of_design(_design_of(model), source.depth) if own else None
+    return layers_of_design(design_of(model), source.depth) if own else None
+
+
+def _warn_of_lost(source: Source, model: nn.Module, new: Sequence[str]) -> None:
+    """Say which new tensors the record of a conversion would have held."""
+    with torch.device("meta"):
+        held = source.build(Design()).state_dict()
+    if lost := [name for name in new if name in held]:
+        _log.warning(
+            "This %s has no record of a conversion that fits it, so that %d tensors start anew (%s, ...); if it was "
+            "converted, load it, with the head that it was saved with, from a directory that has its %s.",
+            type(model).__name__,
+            len(lost),
+            ", ".join(lost[:3]),
+            FILE,
+        )
 
 
 @torch.no_grad()

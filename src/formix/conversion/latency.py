@@ -79,8 +79,8 @@ def converted_cases(
     """
     from pathlib import Path
 
-    from formix.conversion.record import FILE
     from formix.models.directory import read_config
+    from formix.models.recorded import FILE
 
     config = read_config(Path(directory))
     if not (Path(directory) / FILE).is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from formix.conversion.weight_map import Move
+from formix.design import Design
+from formix.design import design as find_design
+from formix.models.recorded import FILE, Record
 
-FILE, ASIDE = "conversion.json", "conversion.safetensors"
 CASTS = (torch.float32, torch.bfloat16, torch.float16)  # types that a model may be cast to
 PACKAGES = ("formix", "torch", "timm", "transformers", "safetensors")
 
@@ -50,14 +50,17 @@ class Conversion:
 
     @staticmethod
     def of(model: nn.Module) -> Conversion | None:
-        """A model's record: its own, or the one beside the directory that it was loaded from."""
+        """A model's record: its own, or the one that was beside its weights, if it is about these tensors."""
         own = getattr(model, "conversion", None)
         if isinstance(own, Conversion):
             return own
-        directory = getattr(model, "loaded_from", None)
-        if directory is None or not (Path(directory) / FILE).is_file():
+        record = getattr(model, "conversion_record", None)
+        if record is None:
             return None
-        return Conversion.read(Path(directory))
+        plan = (conversion := Conversion.of_record(record)).plan
+        known = {*plan["kept"], *plan["folded"], *(weight["name"] for weight in plan["new"])}
+        fits = model.state_dict().keys() <= known and find_design(plan["design"]) == design_of(model)
+        return conversion if fits else None
 
     def note_folded(self, model: nn.Module) -> None:
         """Remember the tensors of a model that something was folded into, as they are now."""
@@ -103,28 +106,21 @@ class Conversion:
             "mapping": [dataclasses.asdict(move) for move in self.moves],
         }
 
-    def write(self, directory: Path) -> None:
-        """Write both files into a model's directory."""
-        tensors = {f"aside.{k}": v for k, v in self.aside.items()} | {
-            f"unplaced.{k}": v for k, v in self.unplaced.items()
-        }
-        partial = directory / (ASIDE + ".partial")
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(partial))
-        os.replace(partial, directory / ASIDE)
-        partial = directory / (FILE + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1, default=str) + "\n")
-        os.replace(partial, directory / FILE)
+    def to_record(self) -> Record:
+        """As it is written beside the weights."""
+        aside = {f"aside.{k}": v for k, v in self.aside.items()}
+        unplaced = {f"unplaced.{k}": v for k, v in self.unplaced.items()}
+        return Record(text=json.dumps(self.to_dict(), indent=1, default=str) + "\n", tensors=aside | unplaced)
 
     @classmethod
-    def read(cls, directory: Path) -> Conversion:
-        """The record in a directory.
+    def of_record(cls, record: Record) -> Conversion:
+        """The same again.
 
         Raises:
             ValueError: it is damaged.
         """
         try:
-            stored = json.loads((directory / FILE).read_text())
-            tensors = load_file(directory / ASIDE)
+            stored, tensors = json.loads(record.text), record.tensors
             mapping = stored.pop("mapping")
             for name, digest in stored["folded"].items():
                 if isinstance(digest, str):  # of an earlier version: in the model's own type alone
@@ -135,8 +131,22 @@ class Conversion:
                 aside={k.removeprefix("aside."): v for k, v in tensors.items() if k.startswith("aside.")},
                 unplaced={k.removeprefix("unplaced."): v for k, v in tensors.items() if k.startswith("unplaced.")},
             )
-        except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{directory / FILE} is damaged ({error}); convert the model again.") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"The model's {FILE} is damaged ({error}); convert the model again.") from None
+
+    @classmethod
+    def read(cls, directory: Path) -> Conversion:
+        """The record in a directory.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return cls.of_record(Record.read(directory))
+
+
+def design_of(model: Any) -> Design:
+    """The design of a model of formix's."""
+    return find_design(model.config.design if hasattr(model, "config") else model.design)
 
 
 def _is_cast(name: str, tensor: Tensor, digests: dict[str, str]) -> bool:

@@ -19,6 +19,7 @@ from formix.design import design as find_design
 from formix.layers import Block as FormixBlock
 from formix.layers import BlockStack
 from formix.models.designed import RUNTIME_ARGUMENTS, Designed
+from formix.models.recorded import remember_record
 
 _log = logging.getLogger("formix")
 
@@ -284,4 +285,5 @@ def build_for_timm(pretrained: bool = False, **kwargs: Any) -> FormixVisionTrans
             in_chans=model.in_chans,
             filter_fn=lambda state, model: model.adapt_checkpoint(state),
         )
+        remember_record(model, model.pretrained_cfg.get("file"))
     return FeatureGetterNet(model, out_indices=indices) if features else model
