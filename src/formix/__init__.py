@@ -14,6 +14,7 @@ _hooks.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "convert":  # it stands above what imports formix, so not before it is asked for
-        return importlib.import_module("formix.conversion").convert
+    if name in ("conversion", "convert"):  # they stand above what imports formix, so not before they are asked for
+        conversion = importlib.import_module("formix.conversion")
+        return conversion if name == "conversion" else conversion.convert
     raise AttributeError(f"module 'formix' has no attribute {name!r}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -245,6 +247,7 @@ def test_the_plan_lists_all_that_happens() -> None:
                                sum(p.numel() for p in source.parameters()) - 4 * 32)  # fmt: skip
     assert made.flops[0] == made.flops[1] > 0
     assert "layer 1: softmax -> pointwise; series -> parallel, pre-norm" in str(made)
+    assert str(formix.conversion.plan(source, "relu+parallel", keep="softmax:0")) == str(made)  # a function still
 
     gated = plan(make("bert"), "activator")
     fresh = {w.name.rpartition(".attention.unit.")[2]: w.rule for w in gated.new}
@@ -260,6 +263,12 @@ def test_a_folded_norm_is_the_second_norm_of_the_layers_input() -> None:
         nn.init.zeros_(block.attn.proj.bias)
     given = inputs(source)
     torch.testing.assert_close(run(formix.convert(source, "parallel"), given), run(source, given), rtol=0, atol=1e-9)
+
+
+def test_conversion_is_there_with_formix() -> None:
+    script = "import formix; print(formix.conversion.plan.__name__, formix.conversion.restore.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["plan", "restore"]
 
 
 def test_layers_and_keep_choose_the_same_hybrid() -> None:

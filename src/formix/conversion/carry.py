@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from formix.benchmarks import count_flops
 from formix.conversion.hybrid import choose_layers
-from formix.conversion.plan import NewWeight, Plan, layer_changes, layers_of_design, shapes
+from formix.conversion.planning import NewWeight, Plan, layer_changes, layers_of_design, shapes
 from formix.conversion.record import Conversion, design_of, sha256
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
