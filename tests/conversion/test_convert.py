@@ -402,6 +402,14 @@ def test_what_was_changed_by_hand_is_refused(own, name, by_hand, words) -> None:
         formix.convert(source, "paf")
 
 
+def test_a_tensor_that_no_rule_brings_is_never_random(monkeypatch) -> None:
+    monkeypatch.setattr(transformers_source, "RULES", {})  # as if a class had names of its own
+    with pytest.raises(
+        ValueError, match=r"model\.embed_tokens\.weight has no weight in this LlamaForQuestionAnswering"
+    ):
+        formix.convert(make("llama-answers"), "softmax")
+
+
 def test_a_source_compiled_in_place_loses_nothing() -> None:
     """`Module.compile()` leaves the modules and tensors as they are; the result is not compiled."""
     for name in ("bert", "vit"):

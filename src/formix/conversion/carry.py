@@ -134,19 +134,14 @@ def carry_over(
     own = target.state_dict()
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     new = [name for name in own if name not in fits]
-    design = design_of(target)
-    if new and design == source.design:
-        raise ValueError(
-            f"{new[0]} has no weight in this {type(model).__name__}, though the design stays as it is: formix does not "
-            "know the class's tensors by their names."
-        )
-    if new and before is None and type(model).__module__.startswith("formix."):
-        _warn_of_lost(source, model, new)
+    if new and before is None:
+        _check_new(source, model, new)
     target.load_state_dict(fits, strict=False)
     rules = _start(target, new)
     folded = _fold_norms(target, state, set() if before is None else before.trained_since(model))
     dropped = shapes({k: v for k, v in state.items() if k not in fits})
     dropped |= {k: list(v.shape) for k, v in _unplaced(source, model, before).items()}
+    design = design_of(target)
     own_mixer = "cross-covariance" if source.design is None else "softmax"
     plan = Plan(
         family=source.family,
@@ -209,11 +204,18 @@ def _before(model: nn.Module, source: Source) -> Any:
     return layers_of_design(design_of(model), source.depth) if own else None
 
 
-def _warn_of_lost(source: Source, model: nn.Module, new: Sequence[str]) -> None:
-    """Say which new tensors the record of a conversion would have held."""
+def _check_new(source: Source, model: nn.Module, new: Sequence[str]) -> None:
+    """New is what softmax models have not. Of a model of formix's the rest may have been in the record of an earlier
+    conversion, and is named in the log; that a source of another library lacks any would be our mistake."""
     with torch.device("meta"):
         held = source.build(Design()).state_dict()
-    if lost := [name for name in new if name in held]:
+    lost = [name for name in new if name in held]
+    if lost and not type(model).__module__.startswith("formix."):
+        raise ValueError(
+            f"{lost[0]} has no weight in this {type(model).__name__}: formix does not know all tensors of the class by "
+            "their names."
+        )
+    if lost:
         _log.warning(
             "This %s has no record of a conversion that fits it, so that %d tensors start anew (%s, ...); if it was "
             "converted, load it, with the head that it was saved with, from a directory that has its %s.",
