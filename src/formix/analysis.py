@@ -126,7 +126,7 @@ def analyze(
             for batch in islice(batches, max_batches):
                 images = batch if isinstance(batch, Tensor) else batch.get("pixel_values")
                 if images is not None:
-                    model(images)
+                    model(images.to(next(model.parameters()).dtype))
                     continue
                 assert isinstance(batch, Mapping)
                 mask = batch.get("attention_mask")

@@ -48,6 +48,9 @@ SOURCES: dict[str, Callable[[], Any]] = {
     ),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=16)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=6)),
+    "llama-answers": lambda: hf.LlamaForQuestionAnswering(hf.LlamaConfig(**GROUPED)),
+    "qwen2-answers": lambda: hf.Qwen2ForQuestionAnswering(hf.Qwen2Config(**GROUPED)),
+    "qwen3-answers": lambda: hf.Qwen3ForQuestionAnswering(hf.Qwen3Config(**GROUPED, head_dim=16)),
     "hf-vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**IMAGE)),
     "hf-vit-features": lambda: hf.ViTModel(hf.ViTConfig(**IMAGE)),
     "hf-deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**IMAGE)),
@@ -90,10 +93,12 @@ def inputs(model: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def run(model: Any, given: dict[str, Tensor]) -> Tensor:
-    """Logits, or the features that a model without a head returns."""
+    """Logits, of an answer's start and end together, or the features that a model without a head returns."""
     out = model(given["pixel_values"]) if "pixel_values" in given else model(**given)
     if isinstance(out, Tensor):
         return out
     if hasattr(out, "logits"):
         return out.logits
+    if hasattr(out, "start_logits"):
+        return torch.stack([out.start_logits, out.end_logits], -1)
     return out.last_hidden_state[:, 0] if "pixel_values" in given else out.last_hidden_state

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import accelerate
 import pytest
 import timm
 import torch
 import transformers as hf
-from sources import IMAGE, SOURCES, TEXT, UNCOUNTED, inputs, make, run
+from sources import DISTIL, GPT2, GROUPED, IMAGE, SOURCES, TEXT, UNCOUNTED, inputs, make, run
 from torch import nn
+from torch.nn.utils import prune
 
 import formix
-from formix.conversion import plan, restore
+from formix.conversion import plan, restore, transformers_source
 from formix.conversion.carry import as_teacher
 from formix.models.llama import RMSNorm
+from formix.models.text import FAMILIES
 
 DESIGNS = ("sima", "activator", "parallel", "relu+paf+skip", "relu(gate=sigmoid)")
 source_ = pytest.mark.parametrize("name", list(SOURCES))
@@ -60,6 +68,28 @@ def test_positions_of_dinov2_are_resampled_as_transformers_does(kind: str, tmp_p
     for side in (64, 40, 96):
         given = {"pixel_values": torch.randn(2, 3, side, side)}
         torch.testing.assert_close(run(formix.load(tmp_path), given), run(source, given), rtol=0, atol=1e-5)
+
+
+def _heads() -> list[tuple[str, str]]:
+    """transformers' model types with the classes that formix has for them."""
+    stems = {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+    return [
+        (kind, name)
+        for kind, (family, _) in transformers_source.TEXT.items()
+        for task, c in FAMILIES[family][1].items()
+        if task != "multiple-choice"  # reads [B, choices, N], and operations are counted on [B, N]
+        and hasattr(hf, name := c.__name__.removeprefix("Formix").replace("Llama", stems.get(kind, "Llama")))
+    ]
+
+
+@pytest.mark.parametrize(("kind", "head"), _heads())
+def test_every_head_keeps_every_tensor(kind: str, head: str) -> None:
+    fields = {"distilbert": DISTIL, "gpt2": GPT2}.get(kind, GROUPED)
+    source = getattr(hf, head)(hf.AutoConfig.for_model(kind, **fields))
+    softmax = formix.convert(source, "softmax")
+    assert not softmax.conversion.plan["new"]
+    assert not softmax.conversion.plan["dropped"]
+    assert equal(restore(softmax), source)
 
 
 @source_
@@ -129,6 +159,60 @@ def test_a_record_goes_along_when_a_loaded_model_is_saved(tmp_path) -> None:
     assert sorted(p.name for p in (tmp_path / "second").iterdir()) == ["config.json", "model.safetensors"]
 
 
+LOADERS = {
+    "formix": lambda name: formix.load(name),
+    "timm": lambda name: timm.create_model(f"local-dir:{name}", pretrained=True),
+    "transformers": lambda name: hf.AutoModelForMaskedLM.from_pretrained(name),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [("bert", "transformers"), ("bert", "formix"), ("vit", "timm"), ("vit", "formix"), ("xcit", "timm")],
+)
+def test_every_loader_brings_the_record(name: str, loader: str, tmp_path, monkeypatch) -> None:
+    source, softmax = make(name).float(), formix.convert(make(name).float(), "softmax")
+    formix.save(formix.convert(source, "relu" if name == "xcit" else "parallel"), tmp_path / "converted")
+    monkeypatch.chdir(tmp_path)
+    loaded = LOADERS[loader]("converted")
+    monkeypatch.chdir("/")
+    shutil.rmtree(tmp_path / "converted")
+    assert equal(restore(loaded), source)
+    assert equal(formix.convert(loaded, "softmax"), softmax)
+    formix.save(loaded, tmp_path / "again")
+    assert equal(restore(formix.load(tmp_path / "again")), source)
+
+
+def test_save_pretrained_writes_the_record(tmp_path) -> None:
+    source = make("bert").float()
+    formix.convert(source, "parallel").save_pretrained(tmp_path / "first")
+    hf.AutoModelForMaskedLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert equal(restore(formix.load(tmp_path / "second")), source)
+    formix.create_model("bert-tiny", "relu", vocab_size=60).save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second" / "conversion.json").exists()
+
+
+def test_a_record_that_is_missing_or_of_other_tensors_is_said(tmp_path, caplog) -> None:
+    formix.save(formix.convert(make("bert").float(), "sima+parallel"), tmp_path)
+    trunk = hf.AutoModel.from_pretrained(tmp_path)  # whose tensors have other names than those of the whole
+    formix.convert(trunk, "softmax")
+    assert "no record of a conversion that fits it" in caplog.text
+    assert "encoder.layer.0.output.LayerNorm.weight" in caplog.text
+    with pytest.raises(ValueError, match="with another head"):
+        restore(trunk)
+    other = formix.create_model(tmp_path, design=formix.design("relu+parallel"))
+    caplog.clear()
+    formix.convert(other, "softmax")
+    assert "no record" in caplog.text
+    (tmp_path / "conversion.safetensors").write_bytes(b"no tensors")
+    caplog.clear()
+    assert not hasattr(formix.load(tmp_path), "conversion_record")
+    assert "conversion.json is damaged" in caplog.text
+    caplog.clear()
+    formix.convert(formix.create_model("bert-tiny", vocab_size=60), "activator")  # nothing that softmax has is new
+    assert not caplog.text
+
+
 @torch.no_grad()
 def test_what_a_user_trained_stays_on_the_way_back(caplog) -> None:
     source = make("gpt2")
@@ -145,6 +229,38 @@ def test_what_a_user_trained_stays_on_the_way_back(caplog) -> None:
     torch.testing.assert_close(run(again, inputs(source)), run(model, inputs(source)), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "vit", "llama"])
+@pytest.mark.parametrize("casts", ["bfloat16", "float16", "float32", "float32 bfloat16", "bfloat16 float32"])
+def test_a_cast_is_no_training(name: str, casts: str, tmp_path, caplog) -> None:
+    source = make(name).float()
+    model = formix.convert(source, "parallel")
+    formix.save(model, tmp_path)
+    for part in (model, loaded := formix.load(tmp_path)):
+        for cast in casts.split():
+            part.to(getattr(torch, cast))
+    narrowest = torch.bfloat16 if "bfloat16" in casts else getattr(torch, casts)
+    for part in (model, loaded):
+        back = formix.convert(part, "softmax").to(narrowest)
+        assert equal(back, formix.convert(source, "softmax").to(narrowest))
+        assert equal(restore(part).to(narrowest), copy.deepcopy(source).to(narrowest))
+    assert "were trained" not in caplog.text
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    formix.convert(model, "softmax")
+    assert "were trained" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["vit", "hf-vit", "xcit", "bert", "llama"])
+def test_a_directory_keeps_the_type_of_its_weights(name: str, dtype: torch.dtype, tmp_path) -> None:
+    model = formix.convert(make(name).to(dtype), "relu")
+    formix.save(model, tmp_path)
+    loaded = formix.load(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert equal(loaded, model)
+
+
 def test_the_plan_lists_all_that_happens() -> None:
     source = make("gpt2")
     made = plan(source, "relu+parallel", keep="softmax:0")
@@ -157,6 +273,7 @@ def test_the_plan_lists_all_that_happens() -> None:
                                sum(p.numel() for p in source.parameters()) - 4 * 32)  # fmt: skip
     assert made.flops[0] == made.flops[1] > 0
     assert "layer 1: softmax -> pointwise; series -> parallel, pre-norm" in str(made)
+    assert str(formix.conversion.plan(source, "relu+parallel", keep="softmax:0")) == str(made)  # a function still
 
     gated = plan(make("bert"), "activator")
     fresh = {w.name.rpartition(".attention.unit.")[2]: w.rule for w in gated.new}
@@ -185,6 +302,12 @@ def test_a_folded_norm_is_the_second_norm_of_the_layers_input() -> None:
         nn.init.zeros_(block.attn.proj.bias)
     given = inputs(source)
     torch.testing.assert_close(run(formix.convert(source, "parallel"), given), run(source, given), rtol=0, atol=1e-9)
+
+
+def test_conversion_is_there_with_formix() -> None:
+    script = "import formix; print(formix.conversion.plan.__name__, formix.conversion.restore.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["plan", "restore"]
 
 
 def test_layers_and_keep_choose_the_same_hybrid() -> None:
@@ -252,7 +375,8 @@ def _quantised() -> nn.Module:
         (_offloaded, "relu", {}, "not in memory"),
         (lambda: "no-such-model", "relu", {}, "no directory, timm name or transformers id"),
         (lambda: make("bert"), "relu", {"layers": "7"}, "layers 0 to 2"),
-        (lambda: make("bert"), "relu", {"keep": "relu:0"}, "softmax:NUMBERS"),
+        *((lambda: make("bert"), "relu", {"layers": n}, "whole numbers") for n in (1, True, [None], [1.5], [True])),
+        *((lambda: make("bert"), "relu", {"keep": k}, "softmax:NUMBERS") for k in ("relu:0", "", [0], 0, True)),
         (lambda: make("bert"), "relu", {"keep": "softmax:0-2"}, "no layer to convert"),
         (lambda: formix.convert(make("bert"), "relu"), "paf", {"keep": "softmax:0"}, "in layer 0 is pointwise"),
         (lambda: make("xcit"), "sima", {"layers": "0"}, "cross-covariance"),
@@ -262,7 +386,7 @@ def _quantised() -> nn.Module:
             {},
             r"ReLU.* as blocks\.0\.mlp\.act",
         ),
-        (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer="rmsnorm"), "relu", {}, "differ"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer="rmsnorm"), "relu", {}, r"norm1\.bias"),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer=nn.LayerNorm), "relu", {}, "eps=1e-05"),
         (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head"),
     ],
@@ -271,6 +395,74 @@ def test_what_cannot_be_converted_is_refused_in_a_sentence(source, design, optio
     with pytest.raises(ValueError, match=words) as refused:
         formix.convert(source(), design, **options)
     assert str(refused.value).count("\n") == 0
+
+
+def _set(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A change of a model by hand: what `change` makes of a part in its place."""
+
+    def by_hand(model: nn.Module) -> None:
+        place, _, name = part.rpartition(".")
+        setattr(model.get_submodule(place), name, change(model.get_submodule(part)))
+
+    return by_hand
+
+
+def _untie(model: nn.Module) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+
+
+def _weight_norm(linear: nn.Module) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(linear)
+
+
+def _pruned(linear: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(linear, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand", "words"),
+    [
+        ("bert", _set("bert", torch.compile), r"bert\._orig_mod.* before torch\.compile"),
+        ("llama", _set("model.layers.1", torch.compile), r"layers\.1\._orig_mod.* before torch\.compile"),
+        ("vit", _set("blocks.1", torch.compile), r"blocks\.1\._orig_mod.* before torch\.compile"),
+        ("vit", _set("blocks.2.mlp.fc1", _pruned), r"blocks\.2\.mlp\.fc1\.weight_mask.*prune\.remove"),
+        ("bert", _set("bert.encoder.layer.0.output.dense", _weight_norm), "remove_parametrizations"),
+        ("gpt2", _set("transformer.h.0.ln_1", nn.utils.weight_norm), "remove_weight_norm"),
+        ("roberta", _set("classifier.out_proj", lambda _: nn.Linear(32, 9)), r"\[9, 32\] as classifier\.out_proj"),
+        ("vit", _set("head", lambda _: nn.Sequential(nn.Linear(32, 7))), r"nothing as head\.weight"),
+        ("bert", _set("bert.encoder.layer", lambda layers: layers[:2]), r"nothing as bert\.encoder\.layer\.2\."),
+        ("bert", _set("bert.encoder.layer.0.intermediate.intermediate_act_fn", lambda _: nn.ReLU()), r"ReLU\(\) as b"),
+        ("llama", _set("model.layers.0.mlp.act_fn", lambda _: nn.Identity()), r"nothing as model\..*\.act_fn"),
+        ("distilbert", _set("distilbert.embeddings.LayerNorm", lambda _: nn.LayerNorm(32, eps=0.1)), r"eps=0\.1"),
+        ("gpt2", _untie, r"lm_head\.weight differs from transformer\.wte\.weight.* tie_word_embeddings"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("own", [False, True], ids=["source", "converted"])
+def test_what_was_changed_by_hand_is_refused(own, name, by_hand, words) -> None:
+    source = make(name)
+    if own:
+        source = formix.convert(source, "relu")
+    by_hand(source)
+    with pytest.raises(ValueError, match=words):
+        formix.convert(source, "paf")
+
+
+def test_a_tensor_that_no_rule_brings_is_never_random(monkeypatch) -> None:
+    monkeypatch.setattr(transformers_source, "RULES", {})  # as if a class had names of its own
+    with pytest.raises(
+        ValueError, match=r"model\.embed_tokens\.weight has no weight in this LlamaForQuestionAnswering"
+    ):
+        formix.convert(make("llama-answers"), "softmax")
+
+
+def test_a_source_compiled_in_place_loses_nothing() -> None:
+    """`Module.compile()` leaves the modules and tensors as they are; the result is not compiled."""
+    for name in ("bert", "vit"):
+        source = make(name)
+        source.compile()
+        model = formix.convert(source, "relu")
+        assert equal(restore(model), source)
+        assert model._compiled_call_impl is None
 
 
 def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:

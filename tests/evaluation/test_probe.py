@@ -30,6 +30,13 @@ def test_features_are_what_the_classifier_reads(digits):
     torch.testing.assert_close(features[:8], expected)
 
 
+def test_images_are_read_in_the_type_of_the_weights(digits):
+    model = small_vit(in_chans=1).double()
+    features = image_features(model, digits.test, precision="float32")
+    expected = image_features(model.bfloat16(), digits.test, precision="float32")
+    torch.testing.assert_close(features, expected, rtol=0.1, atol=0.1)
+
+
 def test_training_mode_is_restored(digits):
     model = small_vit(in_chans=1).train()
     image_features(model, digits.validation)

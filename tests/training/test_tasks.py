@@ -58,6 +58,12 @@ def test_accuracy_counts_every_sample_once_and_restores_the_mode(digits, make_mo
     assert accuracy == pytest.approx(torch.stack(hits).double().mean().item())
 
 
+def test_images_are_read_in_the_type_of_the_weights(digits, make_model):
+    model = make_model()
+    wide = evaluate(copy.deepcopy(model).double(), digits, "test")
+    assert evaluate(model.bfloat16(), digits, "test") == pytest.approx(wide, abs=0.03)
+
+
 @pytest.mark.parametrize("constant", [True, False])
 def test_correlation_is_that_of_scikit_learn_and_zero_for_one_and_the_same_answer(digits, make_model, constant):
     model, test = make_model(num_classes=2).eval(), copy.copy(digits.test)

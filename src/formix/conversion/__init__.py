@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from formix.conversion.plan import Plan
+    from formix.conversion.planning import Plan
     from formix.design import Design
 
 __all__ = ["convert", "plan", "restore"]

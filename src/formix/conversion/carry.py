@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from formix.benchmarks import count_flops
 from formix.conversion.hybrid import choose_layers
-from formix.conversion.plan import NewWeight, Plan, layer_changes, layers_of_design, shapes
+from formix.conversion.planning import NewWeight, Plan, layer_changes, layers_of_design, shapes
 from formix.conversion.preprocessing import keep_preprocessing
-from formix.conversion.record import Conversion, sha256
+from formix.conversion.record import Conversion, design_of, sha256
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
 from formix.conversion.weight_map import forward
 from formix.design import Design
 from formix.models.image import image_size
+from formix.models.recorded import FILE
 
 _log = logging.getLogger("formix")
 TOKENS = 128  # of the sequence on which a text model's operations are counted
@@ -87,7 +88,10 @@ def restore(model: nn.Module) -> Any:
 
     conversion = Conversion.of(model)
     if conversion is None:
-        raise ValueError(f"This {type(model).__name__} was not converted: it has no record of a source.")
+        raise ValueError(
+            f"This {type(model).__name__} has no record of a source that fits it: it was not converted, or is loaded "
+            f"from a directory without its {FILE}, or with another head."
+        )
     original = like(conversion.rebuild(), model)
     _keep_settings(original, model)
     state = backward(conversion.moves, _whole(model, conversion)) | conversion.unplaced
@@ -140,12 +144,14 @@ def carry_over(
     own = target.state_dict()
     fits = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     new = [name for name in own if name not in fits]
+    if new and before is None:
+        _check_new(source, model, new)
     target.load_state_dict(fits, strict=False)
     rules = _start(target, new)
     folded = _fold_norms(target, state, set() if before is None else before.trained_since(model))
     dropped = shapes({k: v for k, v in state.items() if k not in fits})
     dropped |= {k: list(v.shape) for k, v in _unplaced(source, model, before).items()}
-    design = _design_of(target)
+    design = design_of(target)
     own_mixer = "cross-covariance" if source.design is None else "softmax"
     plan = Plan(
         family=source.family,
@@ -203,15 +209,31 @@ def _unplaced(source: Source, model: nn.Module, before: Conversion | None) -> di
     return {name: state[name] for name in source.unplaced}
 
 
-def _design_of(model: Any) -> Design:
-    from formix.design import design as find_design
-
-    return find_design(model.config.design if hasattr(model, "config") else model.design)
-
-
 def _before(model: nn.Module, source: Source) -> Any:
     own = type(model).__module__.startswith("formix.")
-    return layers_of_design(_design_of(model), source.depth) if own else None
+    return layers_of_design(design_of(model), source.depth) if own else None
+
+
+def _check_new(source: Source, model: nn.Module, new: Sequence[str]) -> None:
+    """New is what softmax models have not. Of a model of formix's the rest may have been in the record of an earlier
+    conversion, and is named in the log; that a source of another library lacks any would be our mistake."""
+    with torch.device("meta"):
+        held = source.build(Design()).state_dict()
+    lost = [name for name in new if name in held]
+    if lost and not type(model).__module__.startswith("formix."):
+        raise ValueError(
+            f"{lost[0]} has no weight in this {type(model).__name__}: formix does not know all tensors of the class by "
+            "their names."
+        )
+    if lost:
+        _log.warning(
+            "This %s has no record of a conversion that fits it, so that %d tensors start anew (%s, ...); if it was "
+            "converted, load it, with the head that it was saved with, from a directory that has its %s.",
+            type(model).__name__,
+            len(lost),
+            ", ".join(lost[:3]),
+            FILE,
+        )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from formix.conversion.record import Conversion
@@ -28,11 +29,7 @@ def open_formix(model: Any) -> Source:
             "This model was pruned for its own skip wiring and lacks projections that another design reads; start "
             "from the model that was pruned."
         )
-    identity = [Move(sources=(name,), target=name) for name in model.state_dict()]
-    common: dict[str, Any] = {"moves": identity, "rebuild": lambda: None, "description": {"library": "formix"}}
     before = Conversion.of(model)
-    if before is not None:
-        common |= {"rebuild": before.rebuild, "description": before.source}
     if isinstance(model, vit._DesignedTrunk):
         arguments = model.saved_config()["model_args"]
         base = arguments.pop("base")
@@ -41,14 +38,11 @@ def open_formix(model: Any) -> Source:
         if before is not None and not model.design.mixes_tokens(depth):  # the pooling was changed for this design
             arguments.pop("fc_norm", None)
             arguments["global_pool"] = before.source.get("arguments", {}).get("global_pool", "token")
-        return Source(
-            family="vit",
-            depth=depth,
-            causal=False,
-            design=model.design,
-            build=lambda design: vit.create_vit(base, design, **pooled(arguments, design, depth)),
-            **common,
-        )
+
+        def build_vit(design: Design) -> Any:
+            return vit.create_vit(base, design, **pooled(arguments, design, depth))
+
+        return _source(model, before, "vit", depth, model.design, build_vit)
     if isinstance(model, FormixXcit) and model.architecture == "formix_xcit":
         import timm
 
@@ -62,9 +56,7 @@ def open_formix(model: Any) -> Source:
                 "formix_xcit", **{**given, "design": dataclasses.replace(design, official=official)}
             )
 
-        return Source(
-            family="xcit", depth=len(model.blocks), causal=False, design=model.design, build=build_xcit, **common
-        )
+        return _source(model, before, "xcit", len(model.blocks), model.design, build_xcit)
     if isinstance(model, Designed):
         raise ValueError(
             f"{model.base!r} has blocks of its own, and formix converts timm's plain Block; its weights as they are go "
@@ -85,11 +77,19 @@ def open_formix(model: Any) -> Source:
             ours.pooler = None
         return built
 
+    return _source(model, before, family, config.num_hidden_layers, find_design(config.design), build)  # type: ignore[union-attr]
+
+
+def _source(
+    model: Any, before: Conversion | None, family: str, depth: int, design: Any, build: Callable[[Design], Any]
+) -> Source:
     return Source(
         family=family,
-        depth=config.num_hidden_layers,  # type: ignore[union-attr]
+        depth=depth,
         causal=family in ("gpt2", "llama"),
-        design=find_design(config.design),  # type: ignore[union-attr]
+        design=design,
         build=build,
-        **common,
+        rebuild=lambda: build(design),
+        description={"library": "formix"} if before is None else before.source,
+        moves=[Move(sources=(name,), target=name) for name in model.state_dict()],
     )

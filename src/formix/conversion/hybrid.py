@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 from formix.design import Design, Wiring
@@ -32,8 +33,8 @@ def choose_layers(
     """
     chosen = find_design(design)
     converted = set(range(depth)) if layers is None else _numbers(layers, depth, "layers")
-    if keep:
-        mixer, _, numbers = keep.partition(":")
+    if keep is not None:
+        mixer, _, numbers = keep.partition(":") if isinstance(keep, str) else ("", "", "")
         if mixer != "softmax" or not numbers:
             raise ValueError(
                 f"keep is {keep!r}; write softmax:NUMBERS, such as softmax:0,1, and for layers of another mixer "
@@ -95,7 +96,12 @@ def parse_numbers(text: str) -> list[int]:
 
 
 def _numbers(given: Sequence[int] | str, depth: int, what: str) -> set[int]:
-    numbers = parse_numbers(given) if isinstance(given, str) else [int(n) for n in given]
+    if isinstance(given, str):
+        numbers = parse_numbers(given)
+    else:
+        numbers = list(given) if isinstance(given, Iterable) else [None]
+        if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers):
+            raise ValueError(f"{what} is {given!r}; give whole numbers, as [0, 2], or a text, as '0,4-7'.")
     for number in numbers:
         if not -depth <= number < depth:
             raise ValueError(f"{what} names layer {number}; the model has layers 0 to {depth - 1}.")

@@ -61,7 +61,7 @@ class ConvertedCase(Measurable):
         if contender == "softmax":
             return None
         model = self.models()[contender]
-        return operations(model, self._inputs(model, torch.float32))
+        return operations(model, self._inputs(model, next(model.parameters()).dtype))
 
     def _inputs(self, model: Any, dtype: torch.dtype) -> dict[str, Tensor] | Tensor:
         if self.tokens is not None:
@@ -84,8 +84,8 @@ def converted_cases(
     """
     from pathlib import Path
 
-    from formix.conversion.record import FILE
     from formix.models.directory import read_config
+    from formix.models.recorded import FILE
 
     config = read_config(Path(directory))
     if not (Path(directory) / FILE).is_file():

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from formix.conversion.record import FILE, Conversion
+from formix.conversion.record import Conversion
 from formix.conversion.report import write_report
+from formix.models.recorded import FILE
 
 SEARCH, RECOVERY = "search.json", "recovery"
 # what a transformers directory keeps beside the weights: how its inputs are made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from formix.conversion.weight_map import Move
+from formix.design import Design
+from formix.design import design as find_design
+from formix.models.recorded import FILE, Record
 
-FILE, ASIDE = "conversion.json", "conversion.safetensors"
+CASTS = (torch.float32, torch.bfloat16, torch.float16)  # types that a model may be cast to
 PACKAGES = ("formix", "torch", "timm", "transformers", "safetensors")
 
 
@@ -36,7 +37,8 @@ class Conversion:
     plan: dict[str, Any]
     aside: dict[str, Tensor] = field(default_factory=dict)
     unplaced: dict[str, Tensor] = field(default_factory=dict)
-    folded: dict[str, str] = field(default_factory=dict)  # tensors that something was folded into -> SHA-256 then
+    # tensors that something was folded into -> by type, SHA-256 of what they were then
+    folded: dict[str, dict[str, str]] = field(default_factory=dict)
     request: dict[str, Any] = field(default_factory=dict)  # what `formix convert` was asked for
     stages: list[dict[str, Any]] = field(default_factory=list)  # calibration and recovery, in order
     data: list[dict[str, Any]] = field(default_factory=list)
@@ -48,24 +50,31 @@ class Conversion:
 
     @staticmethod
     def of(model: nn.Module) -> Conversion | None:
-        """A model's record: its own, or the one beside the directory that it was loaded from."""
+        """A model's record: its own, or the one that was beside its weights, if it is about these tensors."""
         own = getattr(model, "conversion", None)
         if isinstance(own, Conversion):
             return own
-        directory = getattr(model, "loaded_from", None)
-        if directory is None or not (Path(directory) / FILE).is_file():
+        record = getattr(model, "conversion_record", None)
+        if record is None:
             return None
-        return Conversion.read(Path(directory))
+        plan = (conversion := Conversion.of_record(record)).plan
+        known = {*plan["kept"], *plan["folded"], *(weight["name"] for weight in plan["new"])}
+        fits = model.state_dict().keys() <= known and find_design(plan["design"]) == design_of(model)
+        return conversion if fits else None
 
     def note_folded(self, model: nn.Module) -> None:
         """Remember the tensors of a model that something was folded into, as they are now."""
         state = model.state_dict()
-        self.folded = {name: sha256({name: state[name]}) for name in self.plan["folded"]}
+        self.folded = {
+            name: {str(dtype): sha256({name: state[name].to(dtype)}) for dtype in (state[name].dtype, *CASTS)}
+            for name in self.plan["folded"]
+        }
 
     def trained_since(self, model: nn.Module) -> set[str]:
-        """The tensors that something was folded into and that have changed since, in whoever's training."""
+        """The tensors that something was folded into and that have changed since, in whoever's training; a cast to
+        another type, there or there and back, is no change."""
         state = model.state_dict()
-        return {name for name, digest in self.folded.items() if sha256({name: state[name]}) != digest}
+        return {name for name, digests in self.folded.items() if not _is_cast(name, state[name], digests)}
 
     def rebuild(self) -> Any:
         """The source's own class, as its constructor initialises it."""
@@ -97,17 +106,33 @@ class Conversion:
             "mapping": [dataclasses.asdict(move) for move in self.moves],
         }
 
-    def write(self, directory: Path) -> None:
-        """Write both files into a model's directory."""
-        tensors = {f"aside.{k}": v for k, v in self.aside.items()} | {
-            f"unplaced.{k}": v for k, v in self.unplaced.items()
-        }
-        partial = directory / (ASIDE + ".partial")
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, str(partial))
-        os.replace(partial, directory / ASIDE)
-        partial = directory / (FILE + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1, default=str) + "\n")
-        os.replace(partial, directory / FILE)
+    def to_record(self) -> Record:
+        """As it is written beside the weights."""
+        aside = {f"aside.{k}": v for k, v in self.aside.items()}
+        unplaced = {f"unplaced.{k}": v for k, v in self.unplaced.items()}
+        return Record(text=json.dumps(self.to_dict(), indent=1, default=str) + "\n", tensors=aside | unplaced)
+
+    @classmethod
+    def of_record(cls, record: Record) -> Conversion:
+        """The same again.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            stored, tensors = json.loads(record.text), record.tensors
+            mapping = stored.pop("mapping")
+            for name, digest in stored["folded"].items():
+                if isinstance(digest, str):  # of an earlier version: in the model's own type alone
+                    stored["folded"][name] = {str(tensors[f"aside.{name}"].dtype): digest}
+            return cls(
+                **stored,
+                moves=[Move(**{**move, "sources": tuple(move["sources"])}) for move in mapping],
+                aside={k.removeprefix("aside."): v for k, v in tensors.items() if k.startswith("aside.")},
+                unplaced={k.removeprefix("unplaced."): v for k, v in tensors.items() if k.startswith("unplaced.")},
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"The model's {FILE} is damaged ({error}); convert the model again.") from None
 
     @classmethod
     def read(cls, directory: Path) -> Conversion:
@@ -116,18 +141,22 @@ class Conversion:
         Raises:
             ValueError: it is damaged.
         """
-        try:
-            stored = json.loads((directory / FILE).read_text())
-            tensors = load_file(directory / ASIDE)
-            mapping = stored.pop("mapping")
-            return cls(
-                **stored,
-                moves=[Move(**{**move, "sources": tuple(move["sources"])}) for move in mapping],
-                aside={k.removeprefix("aside."): v for k, v in tensors.items() if k.startswith("aside.")},
-                unplaced={k.removeprefix("unplaced."): v for k, v in tensors.items() if k.startswith("unplaced.")},
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{directory / FILE} is damaged ({error}); convert the model again.") from None
+        return cls.of_record(Record.read(directory))
+
+
+def design_of(model: Any) -> Design:
+    """The design of a model of formix's."""
+    return find_design(model.config.design if hasattr(model, "config") else model.design)
+
+
+def _is_cast(name: str, tensor: Tensor, digests: dict[str, str]) -> bool:
+    """Whether a tensor is, in a type that holds all its values, what it was then."""
+    for dtype in (tensor.dtype, *CASTS):
+        narrow = tensor.to(dtype)
+        same = torch.equal(narrow.to(tensor.dtype), tensor)
+        if same and str(dtype) in digests and sha256({name: narrow}) == digests[str(dtype)]:
+            return True
+    return False
 
 
 def sha256(state: Mapping[str, Tensor]) -> str:

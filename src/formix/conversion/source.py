@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import DropPath, PatchDropout
 from torch import nn
 
 from formix.conversion.weight_map import Move
@@ -16,6 +18,14 @@ FAMILIES = (
     "timm's VisionTransformer (vit, deit, DINOv2) and Xcit; transformers' BERT, RoBERTa, DistilBERT, ViT, DeiT, "
     "DINOv2, GPT-2, Llama, Qwen2, Qwen3 and Mistral; and formix's own models"
 )
+TRAINING_ALONE = (nn.Dropout, DropPath, PatchDropout, nn.Identity)  # the identity when a model is evaluated
+# parts of which another module or function took hold: in the name of a tensor -> what it is and what to do
+REWRITTEN = {
+    r"(^|\.)_orig_mod\.": "a compiled part; convert the model as it was before torch.compile, each part's _orig_mod.",
+    r"\.parametrizations\.": "a parametrised part; call parametrize.remove_parametrizations on it first.",
+    r"\.(weight|bias)_mask$": "a pruned part; call torch.nn.utils.prune.remove on it first.",
+    r"\.weight_g$": "a part with weight norm; call torch.nn.utils.remove_weight_norm on it first.",
+}
 
 
 @dataclass(kw_only=True)
@@ -27,7 +37,7 @@ class Source:
     causal: bool  # a decoder
     design: Design | None  # its own; None: its mixer is none of formix's
     build: Callable[[Design], Any]  # formix's model in a design, as its constructor initialises it
-    rebuild: Callable[[], Any]  # the source's own class again, as its constructor initialises it
+    rebuild: Callable[[], Any]  # the source as its configuration says it, as its constructor initialises it
     description: dict[str, Any]  # plain data that says which class and configuration it was
     moves: list[Move] = field(default_factory=list)
     unplaced: list[str] = field(default_factory=list)  # tensors that formix's model has no place for in any design
@@ -40,6 +50,14 @@ def open_source(model: Any) -> Source:
         ValueError: a model that cannot be converted, with the reason.
     """
     refuse_wrapped(model)
+    source = _open(model)
+    with torch.device("meta"):
+        stock = source.rebuild()
+    refuse_changed(model, stock)
+    return source
+
+
+def _open(model: Any) -> Source:
     module = type(model).__module__
     if module.startswith("formix."):
         from formix.conversion.formix_source import open_formix
@@ -89,6 +107,40 @@ def refuse_wrapped(model: Any) -> None:
             f"The source's weights are not in memory ({absent} is on the meta device, offloaded or never loaded); load "
             "it whole, without device_map and offloading, and convert that."
         )
+    for name in model.state_dict():
+        for pattern, what in REWRITTEN.items():
+            if re.search(pattern, name):
+                raise ValueError(f"The source's {name} is of {what}")
+
+
+def refuse_changed(model: nn.Module, stock: nn.Module) -> None:
+    """Raise `ValueError` for a model that is not what its configuration says, `stock`: the rest would be lost."""
+    theirs, known = _parts(model), _parts(stock)
+    for part in known | theirs:
+        if theirs.get(part) != known.get(part):
+            raise ValueError(
+                f"The source has {theirs.get(part, 'nothing')} as {part}, and a new {type(model).__name__} of its "
+                f"configuration has {known.get(part, 'nothing')}; the conversion would lose what the configuration "
+                "does not say. Build the source from one that says it."
+            )
+    state, first = model.state_dict(), dict[int, str]()
+    for name, tensor in stock.state_dict(keep_vars=True).items():
+        other = first.setdefault(id(tensor), name)
+        if not torch.equal(state[name], state[other]):
+            raise ValueError(
+                f"The source's {name} differs from {other}, and its configuration ties the two; set "
+                "tie_word_embeddings to False in a configuration and build the source from that."
+            )
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """Shapes of tensors; activations, norms and other functions, which no shape tells apart, with their settings."""
+    shapes = {name: f"a tensor {list(tensor.shape)}" for name, tensor in model.state_dict().items()}
+    return shapes | {
+        name: repr(module)
+        for name, module in model.named_modules()
+        if not any(module.children()) and not isinstance(module, TRAINING_ALONE)
+    }
 
 
 def like(target: nn.Module, source: nn.Module) -> Any:

@@ -107,25 +107,7 @@ def _asked_for(model: Any, read: Any) -> tuple[str, dict[str, Any]]:
     always = {k: wanted[k] for k in ("num_classes", "img_size", "in_chans", "global_pool")}
     probe = timm.create_model(name, device="meta", **always)
     arguments = always | {k: v for k, v in wanted.items() if read(probe)[k] != v}
-    probe = timm.create_model(name, device="meta", **arguments)
-    shapes = {k: v.shape for k, v in probe.state_dict().items()}
-    if shapes != {k: v.shape for k, v in model.state_dict().items()}:
-        raise ValueError(
-            f"This {name!r} was made or changed in a way that its modules do not show; its tensors differ from those "
-            f"of timm.create_model({name!r}, {', '.join(f'{k}={v!r}' for k, v in arguments.items())})."
-        )
-    theirs, known = _functions(model), _functions(probe)
-    if changed := [part for part, what in theirs.items() if known.get(part) != what]:
-        raise ValueError(
-            f"This {name!r} has {theirs[changed[0]]} as {changed[0]}, where formix makes it with "
-            f"{known.get(changed[0], 'nothing')}; formix converts timm's own activations and norms alone."
-        )
     return name, arguments
-
-
-def _functions(model: nn.Module) -> dict[str, str]:
-    """Activations and norms, which no tensor's shape tells apart, with their settings."""
-    return {n: repr(m) for n, m in model.named_modules() if n.rpartition(".")[2] == "act" or hasattr(m, "eps")}
 
 
 def _vit_arguments(model: Any) -> dict[str, Any]:

@@ -42,7 +42,12 @@ DISTILBERT = (
     _distilbert(r"output_layer_norm", "output.LayerNorm"),
     Rule(sources=(rf"(?P<n>(?!{_PRE}transformer\.layer\.).*)",), target="{n}"),
 )
+LLAMA = (  # heads for question answering call their trunk transformer, all others and formix's model
+    Rule(sources=(r"transformer\.(?P<n>.*)",), target="model.{n}"),
+    Rule(sources=(r"(?P<n>(?!transformer\.).*)",), target="{n}"),
+)
 SAME_NAMES = (Rule(sources=(r"(?P<n>.*)",), target="{n}"),)
+RULES = {"distilbert": DISTILBERT, "llama": LLAMA}  # of formix's families; the others have the source's names
 
 
 def _image(theirs: str, ours: str, operation: str = SAME) -> Rule:
@@ -130,8 +135,7 @@ def _text(model: Any, family: str, more: dict[str, Any]) -> Source:
             getattr(built, built.base_model_prefix, built).pooler = None
         return built
 
-    rules = DISTILBERT if family == "distilbert" else SAME_NAMES
-    moves, unplaced = resolve(rules, model.state_dict())
+    moves, unplaced = resolve(RULES.get(family, SAME_NAMES), model.state_dict())
     return Source(
         family=family,
         depth=model.config.num_hidden_layers,

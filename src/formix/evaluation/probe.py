@@ -67,13 +67,13 @@ def image_features(model: Any, dataset: Dataset, *, batch_size: int = 64, precis
 
     The data set is an `ImageDataset` or a torch `Subset` of one.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    was_training, own = model.training, next(model.parameters())
     dtype = autocast_dtype(precision)
     model.eval()
     parts = []
     for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            tokens = model.forward_features(batch["pixel_values"].to(device))
+        with torch.autocast(own.device.type, dtype, enabled=dtype is not None):
+            tokens = model.forward_features(batch["pixel_values"].to(own))
             parts.append(model.forward_head(tokens, pre_logits=True).float())  # [B, C]
     model.train(was_training)
     return torch.cat(parts)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from formix.design import Design
-
-_log = logging.getLogger("formix")
-RECORD = ("conversion.safetensors", "conversion.json")  # of a converted model, written in this order
 
 
 def create_model(
@@ -70,37 +65,22 @@ def create_model(
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write ``config.json`` and ``model.safetensors``; the config holds the design. A converted model's record goes
-    beside them, from the directory that it was loaded from if need be.
+    beside them, be the model converted here or loaded.
 
     Raises:
         ValueError: not a model of formix's.
     """
     from formix.models.directory import save_directory
 
-    directory = Path(directory)
-    conversion, origin = getattr(model, "conversion", None), getattr(model, "loaded_from", None)
-    save_directory(model, directory)
-    if conversion is not None:
-        conversion.write(directory)
-    elif origin is None:
-        for name in RECORD:  # what an earlier model left there
-            (directory / name).unlink(missing_ok=True)
-    elif not (origin / RECORD[-1]).is_file():
-        _log.warning("%s has no record of the conversion any more, and %s is saved without.", origin, directory)
-    elif not origin.samefile(directory):
-        for name in RECORD:
-            shutil.copyfile(origin / name, directory / name)
+    save_directory(model, Path(directory))
 
 
 def load(directory: str | Path) -> Any:
-    """The model that `save` wrote, in evaluation mode, with the same logits.
+    """The model that `save` wrote, in evaluation mode, with the same logits, in the type of its weights.
 
     Raises:
         ValueError: not a directory of formix's, a design of a newer version, or weights that do not fit.
     """
     from formix.models.directory import load_directory
 
-    model = load_directory(Path(directory))
-    if (Path(directory) / RECORD[-1]).is_file():
-        model.loaded_from = Path(directory)  # a conversion further on finds the record there
-    return model
+    return load_directory(Path(directory))

@@ -35,6 +35,7 @@ from formix.models.hf import (
     padding_mask,
     run_layers,
 )
+from formix.models.recorded import Recorded
 
 
 class FormixBertConfig(BertConfig):
@@ -176,7 +177,7 @@ class EncoderTrunk:
         )
 
 
-class FormixBertPreTrainedModel(BertPreTrainedModel):
+class FormixBertPreTrainedModel(Recorded, BertPreTrainedModel):
     """Initialisation as BERT's; attention weights are never materialised, so `attentions` cannot be returned."""
 
     config_class = FormixBertConfig

@@ -16,8 +16,11 @@ from formix.design import Design
 from formix.models import text, vit
 from formix.models.designed import Designed
 from formix.models.image import ImageModel
+from formix.models.recorded import ASIDE, FILE, remember_record, write_record
 
 WEIGHTS = "model.safetensors"
+OWN = ("model*.safetensors*", FILE, ASIDE)  # the files that belong to one model's weights
+LAST = ("config.json", ASIDE, FILE)  # the files that make a directory a model's, and a conversion's
 
 
 def save_directory(model: nn.Module, directory: Path) -> None:
@@ -42,19 +45,22 @@ def save_directory(model: nn.Module, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_model(model, str(path), metadata={"format": "pt"}))
     _replace(directory / "config.json", lambda path: path.write_text(config + "\n"))
+    write_record(model, directory)
 
 
 def _save_pretrained(model: Any, directory: Path) -> None:
-    """transformers' save_pretrained into a folder inside, then each file in its place, config.json the last."""
+    """transformers' save_pretrained into a folder inside, then each file in its place, in the order of LAST."""
     partial = directory / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        written = sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name))
+        written = sorted(
+            partial.iterdir(), key=lambda path: (path.name in LAST and LAST.index(path.name) + 1, path.name)
+        )
         for path in written:
             os.replace(path, directory / path.name)
-        for stale in {*directory.glob("model*.safetensors*")} - {directory / path.name for path in written}:
-            stale.unlink()  # of an older model in another number of files
+        for stale in {p for pattern in OWN for p in directory.glob(pattern)} - {directory / p.name for p in written}:
+            stale.unlink()  # of an older model: in another number of files, or converted
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -158,10 +164,15 @@ def _entry(config: dict[str, Any]) -> Any:
 def _load_image(config: dict[str, Any], directory: Path) -> Any:
     model: Any = _entry(config)(**config["model_args"])
     model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}
+    stored = load_file(directory / WEIGHTS)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in stored:
+            tensor.data = tensor.data.to(stored[name].dtype)
     try:
         load_model(model, str(directory / WEIGHTS), strict=True)
     except RuntimeError as error:
         raise ValueError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
+    remember_record(model, directory)
     return model
 
 

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from formix.models.bert import FormixBertEncoder, FormixBertLayer
 from formix.models.hf import WithHead, check_inputs, no_layers, padding_mask
+from formix.models.recorded import Recorded
 
 
 class FormixDistilBertConfig(DistilBertConfig):
@@ -43,7 +44,7 @@ class FormixDistilBertConfig(DistilBertConfig):
     pruned_kv: bool = False  # see formix.models.kv_heads.prune_kv_heads
 
 
-class FormixDistilBertPreTrainedModel(DistilBertPreTrainedModel):
+class FormixDistilBertPreTrainedModel(Recorded, DistilBertPreTrainedModel):
     """Initialisation as DistilBERT's; attention weights are never materialised, so `attentions` cannot be returned."""
 
     config_class = FormixDistilBertConfig

@@ -39,6 +39,7 @@ from formix.models.hf import (
     norms_kept,
     run_layers,
 )
+from formix.models.recorded import Recorded
 
 
 class FormixGPT2Config(GPT2Config):
@@ -117,7 +118,7 @@ class FormixGPT2Block(DesignedBlock):
         return self.ln_1, self.ln_2
 
 
-class FormixGPT2PreTrainedModel(GPT2PreTrainedModel):
+class FormixGPT2PreTrainedModel(Recorded, GPT2PreTrainedModel):
     """Initialisation as GPT-2's; attention weights are never materialised, so `attentions` cannot be returned."""
 
     config_class = FormixGPT2Config

@@ -45,6 +45,7 @@ from formix.models.hf import (
     norms_kept,
     run_layers,
 )
+from formix.models.recorded import Recorded
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, N, D]
 
@@ -158,7 +159,7 @@ class FormixLlamaDecoderLayer(DesignedBlock):
         return self.input_layernorm, self.post_attention_layernorm
 
 
-class FormixLlamaPreTrainedModel(LlamaPreTrainedModel):
+class FormixLlamaPreTrainedModel(Recorded, LlamaPreTrainedModel):
     """Initialisation as Llama's; attention weights are never materialised, so `attentions` cannot be returned."""
 
     config_class = FormixLlamaConfig

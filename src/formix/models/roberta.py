@@ -15,6 +15,7 @@ from transformers.models.roberta.modeling_roberta import RobertaPreTrainedModel
 
 from formix.models.bert import EncoderTrunk, FormixBertLayer
 from formix.models.hf import WithHead
+from formix.models.recorded import Recorded
 
 
 class FormixRobertaConfig(RobertaConfig):
@@ -25,7 +26,7 @@ class FormixRobertaConfig(RobertaConfig):
     pruned_kv: bool = False  # see formix.models.kv_heads.prune_kv_heads
 
 
-class FormixRobertaPreTrainedModel(RobertaPreTrainedModel):
+class FormixRobertaPreTrainedModel(Recorded, RobertaPreTrainedModel):
     """Initialisation as RoBERTa's; attention weights are never materialised, so `attentions` cannot be returned."""
 
     config_class = FormixRobertaConfig

@@ -227,6 +227,8 @@ def from_directory(
             f"{directory} has no weights for {len(body)} parameters of this design ({', '.join(sorted(body)[:3])}, ...)"
             ": they would stay random. Train the design from scratch or convert the model."
         )
+    if not as_saved:
+        model.conversion_record = None  # it is about the directory's own design
     homeless = [k for k in report["unexpected_keys"] if f".{_LAYERS[family]}." in f".{k}"]
     if homeless:
         _log.warning("weights without a place in this design: %s", ", ".join(sorted(homeless)))

@@ -40,7 +40,9 @@ def _entry(name: str, module: str) -> Callable[..., Any]:
     def entry(pretrained: bool = False, **kwargs: Any) -> Any:
         from timm.models import build_model_with_cfg
 
-        return build_model_with_cfg(
+        from formix.models.recorded import remember_record
+
+        model: Any = build_model_with_cfg(
             functools.partial(importlib.import_module(module).build, name),
             name,
             pretrained,
@@ -48,6 +50,9 @@ def _entry(name: str, module: str) -> Callable[..., Any]:
             pretrained_filter_fn=lambda state, model: model.adapt_checkpoint(state),
             **kwargs,
         )
+        if pretrained and hasattr(model, "pretrained_cfg"):
+            remember_record(model, dict(model.pretrained_cfg).get("file"))
+        return model
 
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = __name__  # timm looks for the default_cfgs in the entry point's module

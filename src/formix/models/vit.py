@@ -20,6 +20,7 @@ from formix.design import design as find_design
 from formix.layers import Block as FormixBlock
 from formix.layers import BlockStack
 from formix.models.designed import RUNTIME_ARGUMENTS, Designed
+from formix.models.recorded import remember_record
 
 _log = logging.getLogger("formix")
 
@@ -270,7 +271,8 @@ def build_for_timm(pretrained: bool = False, **kwargs: Any) -> FormixVisionTrans
     if pretrained and "design" not in kwargs:
         raise ValueError("pretrained=True needs the design that the weights were trained in; the config has none.")
     base, design = kwargs.pop("base", "vit_small_patch16_224"), kwargs.pop("design", "softmax")
-    return build_model_with_cfg(
+    features = kwargs.get("features_only", False)
+    model = build_model_with_cfg(
         functools.partial(create_vit, base, design),
         base,
         pretrained,
@@ -278,3 +280,6 @@ def build_for_timm(pretrained: bool = False, **kwargs: Any) -> FormixVisionTrans
         pretrained_filter_fn=lambda state, model: model.adapt_checkpoint(state),
         **kwargs,
     )
+    if pretrained and not features:
+        remember_record(model, model.pretrained_cfg.get("file"))
+    return model

@@ -76,13 +76,15 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
     accuracy in [0, 1]; bits_per_byte = nats per target / ln 2 / bytes per target; perplexity = exp(nats per target) of
     masked tokens; Matthews and Spearman correlations. Several processes share the work and all have the result.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    was_training, own = model.training, next(model.parameters())
     model.eval()
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
     nats, targets = 0.0, 0
     for batch, counts in _shared_batches(getattr(data, split), batch_size):
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = {k: v.to(own.device) for k, v in batch.items()}
+        if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].to(own.dtype)
         logits = forward(model, batch).float()
         if not counts:
             continue
