@@ -214,3 +214,12 @@ def test_refused(case):
 def test_has_no_causal_form():
     with pytest.raises(TypeError, match="is_causal"):
         l1_attention(X, X, X, is_causal=True)
+
+
+@pytest.mark.parametrize("order", ["qk_v", "q_kv", "fused"])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_size_of_queries_and_keys_does_not_matter(order, size):
+    q, k, v = torch.randn(3, 1, 2, 40, 8).unbind(0)
+    expected = l1_attention(q, k, v, order=order, impl="reference", eps=1e-37)
+    found = l1_attention(q * size, k * size, v * size, order=order, impl="reference", eps=1e-37) / size
+    torch.testing.assert_close(found, expected)
