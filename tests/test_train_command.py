@@ -170,6 +170,25 @@ def test_ended_by_a_signal_and_started_again_it_ends_as_if_undisturbed(trained, 
     assert all(one[name].equal(other[name]) for name in one)
 
 
+def test_a_run_does_not_go_on_with_a_tokenizer_that_was_changed_in_place(tmp_path, capsys):
+    text, tokenizer = "The cat sat on the mat. " * 300, str(tmp_path / "words")
+    (tmp_path / "a.txt").write_text(text)
+    words = train_wordpiece([text])
+    words.save_pretrained(tokenizer)
+    command = ["train", f"--data=text:{tmp_path / 'a.txt'}", f"--tokenizer={tokenizer}", f"--out={tmp_path / 'out'}"]
+    command += ["--sequence-length=16", "--epochs=1", '--model_args={"n_layer": 1, "n_embd": 16, "n_head": 2}']
+    assert main(command) == main(command) == 0
+    words.add_tokens(["The"])
+    words.save_pretrained(tokenizer)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip()
+    assert "is of a run with sha256 of the data and tokenizer" in said
+    assert len(said.splitlines()) == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
 def test_a_plan_is_printed_and_nothing_is_started(tmp_path, capsys):
     assert main(["train", *SMALL, "--plan", f"--out={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from formix.comparison import CompareConfig, compare, read_results
+from formix.data.glue import train_wordpiece
 from formix.environment import capture_environment
 
 SMALL = {
@@ -148,6 +149,21 @@ def test_a_directory_of_other_data_under_the_same_name_is_refused(tmp_path):
     compare(config)
     (tmp_path / "a.txt").write_text("the dog sat on the mat. " * 300)
     with pytest.raises(ValueError, match="another contents of data"):
+        compare(config)
+
+
+def test_a_directory_of_another_tokenizer_under_the_same_name_is_refused(tmp_path):
+    text = "The cat sat on the mat. " * 300
+    (tmp_path / "a.txt").write_text(text)
+    settings = {**SMALL, "data": f"text:{tmp_path / 'a.txt'}", "sequence_length": 16, "limit": None, "epochs": 1.0}
+    settings |= {"designs": "softmax", "seeds": 1, "model_args": {"n_layer": 1, "n_embd": 16, "n_head": 2}}
+    config = CompareConfig(**settings, tokenizer=str(tmp_path / "words"), out=str(tmp_path / "out"))
+    words = train_wordpiece([text])
+    words.save_pretrained(config.tokenizer)
+    assert compare(config).runs == compare(config).runs
+    words.add_tokens("The cat")
+    words.save_pretrained(config.tokenizer)
+    with pytest.raises(ValueError, match="another contents of data and tokenizer"):
         compare(config)
 
 

@@ -222,7 +222,7 @@ def _hash(content: Any) -> str:
 
 def _claim(out: Path, config: CompareConfig, data: Data) -> None:
     """Mark the directory as this comparison's, or refuse one that is another's."""
-    defining = _defining(config) | {"contents of data": data.provenance.get("sha256")}
+    defining = _defining(config) | {f"contents of {config.contents}": data.provenance.get("sha256")}
     path, mine = out / "config.json", {"defining": defining, "config": dataclasses.asdict(config)}
     if path.is_file():
         try:
