@@ -253,6 +253,10 @@ WRONG = {
     "unknown setting": (["train", "--colour=red"], "colour"),
     "log steps": (["train", "--log-steps=0"], "log_steps is 0"),
     "augmented text": (["train", "--data=text:{tmp}/a.txt", "--augmentation.flip=0.5"], "augmentation is for images"),
+    "loss of text": (
+        ["train", "--data=text:{tmp}/a.txt", "--task=masked-lm", "--loss=sigmoid", "--out={tmp}/new"],
+        "loss is 'sigmoid', which is for classes",
+    ),
     "masked images": (["train", "--task=masked-lm"], "masked-lm needs text"),
     "taken directory": (["train", "--out={tmp}/thesis"], "no training run of formix's"),
     "another rate": (["train", *SMALL, "--lr=0.5", "--out={trained}"], "with lr 0.001 and this one has lr 0.5"),
@@ -284,3 +288,4 @@ def test_what_is_wrong_is_said_in_one_sentence(case, trained, tmp_path, capsys):
     assert len(said) == 1, said
     assert named in said[0]
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}.items() <= before.items()
+    assert not (tmp_path / "new").exists()

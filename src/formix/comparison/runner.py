@@ -36,7 +36,7 @@ from formix.data import Data
 from formix.design import design as find_design
 from formix.environment import capture_environment
 from formix.records import write_atomically
-from formix.training import Step, evaluate, train
+from formix.training import Objective, Step, evaluate, task_objective, train
 
 _log = logging.getLogger("formix")
 
@@ -64,10 +64,12 @@ def compare(config: CompareConfig, on_progress: Callable[[Progress], None] | Non
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = config.load_data()
+    objective = task_objective(data, config.label_smoothing)
     designs = _check_designs(config, data)
     _claim(out, config, data)
     able = [record.design for record in designs if record.refused is None]
-    job = _Job(config=config, data=data, out=out, total=_count(config, able), on_progress=on_progress)
+    total = _count(config, able)
+    job = _Job(config=config, data=data, objective=objective, out=out, total=total, on_progress=on_progress)
 
     first: dict[tuple[str, float], RunRecord] = {}
     for name in able:
@@ -105,6 +107,7 @@ class _Job:
 
     config: CompareConfig
     data: Data
+    objective: Objective
     out: Path
     total: int
     on_progress: Callable[[Progress], None] | None
@@ -130,7 +133,7 @@ class _Job:
             def report(step: Step) -> None:
                 display(Progress(run=number, runs=self.total, label=label, share=step.progress))
 
-        result = train(model, self.data, training, on_step=report)
+        result = train(model, self.data, training, objective=self.objective, on_step=report)
         record = RunRecord(
             design=name,
             seed=seed,
