@@ -65,13 +65,28 @@ class EncodedImage(NamedTuple):
         """The image as it is stored, uncut; ValueError if it cannot be read."""
         image = self.open()
         try:
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
         except Exception as error:
             raise ValueError(self._complaint(error)) from error
 
     def _complaint(self, error: Exception) -> str:
         reason = "it is no image" if type(error).__name__ == "UnidentifiedImageError" else error
         return f"The image {self.name!r} cannot be read ({reason}); repair or remove it, or use on_bad_sample=skip."
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits divided by 256, where Pillow would clip them at 255.
+
+    ValueError for other levels of more than 8 bits, since no file says what white is.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # PGM is brought to 16 bits
+        image.load()  # which says what is wrong with a file, as NumPy does not
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its grey levels, Pillow's mode {image.mode}, have no known range; save it with 8 or 16 bits")
+    return image
 
 
 class DecodedWhenRead(ABC):
