@@ -250,7 +250,22 @@ def test_a_run_that_returns_to_a_checkpoint_leaves_no_rows_of_what_it_left(tmp_p
 WRONG = {
     "recipe": (["train", "deti"], "'deti' is no recipe"),
     "missing file": (["train", "none.yaml"], "none.yaml is no file"),
-    "unknown setting": (["train", "--colour=red"], "colour"),
+    "unknown setting": (["train", "--colour=red"], "--colour is no setting of formix train; "),
+    "misspelt setting": (["train", "--batch-sizes=3"], "did you mean batch_size"),
+    "misspelt key": (
+        ["train", "{tmp}/rate.yaml"],
+        "/rate.yaml: learning_rate is no setting of formix train; did you mean lr? formix train --help",
+    ),
+    "misspelt key of a group": (
+        ["train", "{tmp}/group.yaml"],
+        "/group.yaml: augmentation.mixpu is no setting of formix train; did you mean augmentation.mixup",
+    ),
+    "unknown key of a group": (
+        ["train", '--augmentation={"zz": 1}'],
+        "known are augmentation.crop, augmentation.shift",
+    ),
+    "value in a file": (["train", "{tmp}/value.yaml"], "/value.yaml: lr is 0.0; it must be"),
+    "value in a flag": (["train", "{tmp}/value.yaml", "--lr=1", "--epochs=0"], "formix: epochs is 0.0; it must be"),
     "log steps": (["train", "--log-steps=0"], "log_steps is 0"),
     "augmented text": (["train", "--data=text:{tmp}/a.txt", "--augmentation.flip=0.5"], "augmentation is for images"),
     "loss of text": (
@@ -280,6 +295,8 @@ def test_what_is_wrong_is_said_in_one_sentence(case, trained, tmp_path, capsys):
         path = tmp_path / "pictures" / f"{place}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 16)).save(path)
+    for name, content in (("rate", "learning_rate: 3"), ("group", "augmentation: {mixpu: 1}"), ("value", "lr: 0")):
+        (tmp_path / f"{name}.yaml").write_text(f"data: digits\n{content}\n")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("important")
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
