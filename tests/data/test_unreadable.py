@@ -97,6 +97,18 @@ def test_levels_without_a_range_are_left_out_too(opened, tmp_path):
     assert data.provenance["skipped"] == {"train": 2, "test": 0}
 
 
+@pytest.mark.parametrize("empty_folder", ["train/fish", "val/fish", "train/cat", "fish"])
+def test_a_class_without_images_is_refused_by_name(opened, tmp_path, empty_folder):
+    root = tree(tmp_path / "pets", *(["train", "val"] if "/" in empty_folder else [""]), each=5)
+    (root / empty_folder).mkdir(exist_ok=True)
+    for path in (root / empty_folder).iterdir():
+        path.unlink()
+    (root / empty_folder / "notes.txt").write_text("none yet")
+    (root / empty_folder).parent.joinpath(".hidden").mkdir()
+    with pytest.raises(ValueError, match=f"The class '{empty_folder}' of '.*' has no images; add some, or remove"):
+        opened(root)
+
+
 def test_without_any_the_data_are_the_same(opened, tmp_path):
     one, other = (opened(pets(tmp_path / "pets"), on_bad_sample=choice) for choice in ("refuse", "skip"))
     assert other.provenance["skipped"] == {"train": 0, "test": 0}
