@@ -109,6 +109,14 @@ def test_a_comparison_in_which_no_design_can_run_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("designs", ["relu,sima", "softmax"])
+def test_a_misspelt_model_argument_is_no_property_of_the_designs(tmp_path, designs):
+    settings = {**SMALL, "designs": designs, "model_args": {"depht": 2}}
+    with pytest.raises(ValueError, match=r"^timm cannot build .*'depht'"):
+        compare(CompareConfig(**settings, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_diverged_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
     from formix.comparison import runner
 

@@ -175,6 +175,11 @@ def _check_designs(config: CompareConfig, data: Data) -> list[DesignRecord]:
             DesignRecord(design=name, description=chosen.describe(), definition=chosen.to_dict(), refused=refused)
         )
     if len(reasons) == len(records):
+        try:
+            build_model(data, config.model, config.model_args, "softmax")
+        except ValueError as error:
+            if str(error) in reasons:
+                raise  # what no design changes is of the settings
         raise ValueError(f"None of the designs can do {config.data}: {reasons[0]}")
     return records
 
