@@ -110,7 +110,7 @@ WRONG = {
     "huge batch of none": (["compare", "--batch_size=0"], "batch_size is 0"),
     "unknown flag": (["compare", "--colour=red"], "colour"),
     "broken YAML": (["compare", "{tmp}/broken.yaml"], "broken.yaml"),
-    "unknown key in YAML": (["compare", "{tmp}/unknown.yaml"], "colour"),
+    "unknown key in YAML": (["compare", "{tmp}/unknown.yaml"], "/unknown.yaml: colour is no setting of formix compare"),
     "missing YAML": (["compare", "{tmp}/none.yaml"], "none.yaml is no file"),
     "unknown model": (["compare", "--data=digits", "--model=vit_nope"], "vit_nope"),
     "model of another kind": (["compare", "--data=digits", "--model=resnet18"], "ResNet"),

@@ -81,7 +81,7 @@ def test_the_other_tasks(tmp_path, data, flags, capsys):
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2} if "--model=gpt2-nano" in flags else {"num_hidden_layers": 1}
     flags = [*flags, f"--data={name}", f"--model_args={json.dumps(sizes)}", "--epochs=1", f"--out={tmp_path / 'out'}"]
     assert main(["train", *flags, "--evaluations=1"]) == 0
-    capsys.readouterr()
+    assert "Writing" not in capsys.readouterr().err  # transformers' bar
     assert main(["eval", str(tmp_path / "out"), "--json=true"]) == 0
     test = json.loads((tmp_path / "out" / "result.json").read_text())["test"]
     assert json.loads(capsys.readouterr().out)["value"] == pytest.approx(test)
@@ -170,6 +170,25 @@ def test_ended_by_a_signal_and_started_again_it_ends_as_if_undisturbed(trained, 
     assert all(one[name].equal(other[name]) for name in one)
 
 
+def test_a_run_does_not_go_on_with_a_tokenizer_that_was_changed_in_place(tmp_path, capsys):
+    text, tokenizer = "The cat sat on the mat. " * 300, str(tmp_path / "words")
+    (tmp_path / "a.txt").write_text(text)
+    words = train_wordpiece([text])
+    words.save_pretrained(tokenizer)
+    command = ["train", f"--data=text:{tmp_path / 'a.txt'}", f"--tokenizer={tokenizer}", f"--out={tmp_path / 'out'}"]
+    command += ["--sequence-length=16", "--epochs=1", '--model_args={"n_layer": 1, "n_embd": 16, "n_head": 2}']
+    assert main(command) == main(command) == 0
+    words.add_tokens(["The"])
+    words.save_pretrained(tokenizer)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip()
+    assert "is of a run with sha256 of the data and tokenizer" in said
+    assert len(said.splitlines()) == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
 def test_a_plan_is_printed_and_nothing_is_started(tmp_path, capsys):
     assert main(["train", *SMALL, "--plan", f"--out={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
@@ -231,9 +250,28 @@ def test_a_run_that_returns_to_a_checkpoint_leaves_no_rows_of_what_it_left(tmp_p
 WRONG = {
     "recipe": (["train", "deti"], "'deti' is no recipe"),
     "missing file": (["train", "none.yaml"], "none.yaml is no file"),
-    "unknown setting": (["train", "--colour=red"], "colour"),
+    "unknown setting": (["train", "--colour=red"], "--colour is no setting of formix train; "),
+    "misspelt setting": (["train", "--batch-sizes=3"], "did you mean batch_size"),
+    "misspelt key": (
+        ["train", "{tmp}/rate.yaml"],
+        "/rate.yaml: learning_rate is no setting of formix train; did you mean lr? formix train --help",
+    ),
+    "misspelt key of a group": (
+        ["train", "{tmp}/group.yaml"],
+        "/group.yaml: augmentation.mixpu is no setting of formix train; did you mean augmentation.mixup",
+    ),
+    "unknown key of a group": (
+        ["train", '--augmentation={"zz": 1}'],
+        "known are augmentation.crop, augmentation.shift",
+    ),
+    "value in a file": (["train", "{tmp}/value.yaml"], "/value.yaml: lr is 0.0; it must be"),
+    "value in a flag": (["train", "{tmp}/value.yaml", "--lr=1", "--epochs=0"], "formix: epochs is 0.0; it must be"),
     "log steps": (["train", "--log-steps=0"], "log_steps is 0"),
     "augmented text": (["train", "--data=text:{tmp}/a.txt", "--augmentation.flip=0.5"], "augmentation is for images"),
+    "loss of text": (
+        ["train", "--data=text:{tmp}/a.txt", "--task=masked-lm", "--loss=sigmoid", "--out={tmp}/new"],
+        "loss is 'sigmoid', which is for classes",
+    ),
     "masked images": (["train", "--task=masked-lm"], "masked-lm needs text"),
     "taken directory": (["train", "--out={tmp}/thesis"], "no training run of formix's"),
     "another rate": (["train", *SMALL, "--lr=0.5", "--out={trained}"], "with lr 0.001 and this one has lr 0.5"),
@@ -257,6 +295,8 @@ def test_what_is_wrong_is_said_in_one_sentence(case, trained, tmp_path, capsys):
         path = tmp_path / "pictures" / f"{place}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 16)).save(path)
+    for name, content in (("rate", "learning_rate: 3"), ("group", "augmentation: {mixpu: 1}"), ("value", "lr: 0")):
+        (tmp_path / f"{name}.yaml").write_text(f"data: digits\n{content}\n")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("important")
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
@@ -265,3 +305,4 @@ def test_what_is_wrong_is_said_in_one_sentence(case, trained, tmp_path, capsys):
     assert len(said) == 1, said
     assert named in said[0]
     assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}.items() <= before.items()
+    assert not (tmp_path / "new").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from formix.comparison import CompareConfig, compare, read_results
+from formix.data.glue import train_wordpiece
 from formix.environment import capture_environment
 
 SMALL = {
@@ -108,6 +109,14 @@ def test_a_comparison_in_which_no_design_can_run_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("designs", ["relu,sima", "softmax"])
+def test_a_misspelt_model_argument_is_no_property_of_the_designs(tmp_path, designs):
+    settings = {**SMALL, "designs": designs, "model_args": {"depht": 2}}
+    with pytest.raises(ValueError, match=r"^timm cannot build .*'depht'"):
+        compare(CompareConfig(**settings, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_diverged_run_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
     from formix.comparison import runner
 
@@ -148,6 +157,21 @@ def test_a_directory_of_other_data_under_the_same_name_is_refused(tmp_path):
     compare(config)
     (tmp_path / "a.txt").write_text("the dog sat on the mat. " * 300)
     with pytest.raises(ValueError, match="another contents of data"):
+        compare(config)
+
+
+def test_a_directory_of_another_tokenizer_under_the_same_name_is_refused(tmp_path):
+    text = "The cat sat on the mat. " * 300
+    (tmp_path / "a.txt").write_text(text)
+    settings = {**SMALL, "data": f"text:{tmp_path / 'a.txt'}", "sequence_length": 16, "limit": None, "epochs": 1.0}
+    settings |= {"designs": "softmax", "seeds": 1, "model_args": {"n_layer": 1, "n_embd": 16, "n_head": 2}}
+    config = CompareConfig(**settings, tokenizer=str(tmp_path / "words"), out=str(tmp_path / "out"))
+    words = train_wordpiece([text])
+    words.save_pretrained(config.tokenizer)
+    assert compare(config).runs == compare(config).runs
+    words.add_tokens("The cat")
+    words.save_pretrained(config.tokenizer)
+    with pytest.raises(ValueError, match="another contents of data and tokenizer"):
         compare(config)
 
 

@@ -52,6 +52,26 @@ def test_train_val_and_test_are_what_they_say(tmp_path):
     assert (len(data.train), len(data.validation), len(data.test)) == (30, 31, 30)
 
 
+LEVELS = np.arange(0, 2**16, 257, dtype=np.uint16).reshape(16, 16)  # 16 bits; those of 8 are 0 to 255
+
+
+@pytest.mark.parametrize(
+    ("suffix", "levels"), [("png", LEVELS), ("tif", LEVELS), ("tif", LEVELS.astype(">u2")), ("pgm", LEVELS)]
+)
+@pytest.mark.parametrize("kind", ["folder", "decoded when read", "stream"])
+def test_grey_of_16_bits_is_that_of_8(tmp_path, monkeypatch, kind, suffix, levels):
+    monkeypatch.setenv("FORMIX_CACHE", str(tmp_path / "cache"))
+    if kind == "decoded when read":
+        monkeypatch.setattr(folder, "MEMORY_LIMIT", 1000)
+    for split in ("train", "val", "test"):
+        for label in "ab":
+            (tmp_path / "grey" / split / label).mkdir(parents=True)
+            Image.fromarray(levels).save(tmp_path / "grey" / split / label / f"0.{suffix}")
+    data = load_data(f"{'stream' if kind == 'stream' else 'folder'}:{tmp_path / 'grey'}")
+    for split in (data.train, data.validation, data.test):
+        assert split.pixels[[0, 1]].tolist() == [[(LEVELS >> 8).tolist()] * 3] * 2
+
+
 @pytest.mark.parametrize("split", ["", "train"])
 def test_without_val_both_are_held_out(tmp_path, split):
     data = load_data(f"folder:{tree(tmp_path, split, each=20)}", validation_fraction=0.1, test_fraction=0.2)

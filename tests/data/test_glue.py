@@ -1,11 +1,13 @@
 """GLUE's TSV layout."""
 
+import hashlib
 import random
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import BertTokenizer
 
 from formix.data import collate, load_data
 from formix.data.glue import train_wordpiece
@@ -113,6 +115,18 @@ def test_a_tokenizer_directory_and_truncation(tmp_path):
     assert data.test.__getitems__([0, 1])["input_ids"].shape == (2, 4)
     assert (data.test.input_ids[:, 3] == data.tokenizer.sep_token_id).all()
     assert str(tmp_path / "tokenizer") in data.provenance["preprocessing"]
+
+
+def test_a_tokenizer_changed_in_place_is_other_data(tmp_path):
+    name, directory = write_task(tmp_path, "SST-2", sst2(50), sst2(10)), str(tmp_path / "tokenizer")
+    digests = [load_data(name).provenance["sha256"]]
+    for lower in (True, False):
+        BertTokenizer(vocab=train_wordpiece([sst2(50)]).get_vocab(), do_lower_case=lower).save_pretrained(directory)
+        digests += [load_data(name, tokenizer=directory).provenance["sha256"] for _ in range(2)]
+    files = [tmp_path / "SST-2" / file for file in ("train.tsv", "dev.tsv")]
+    assert digests[0] == hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    assert digests[1] == digests[2] != digests[3] == digests[4]
+    assert digests[0] not in digests[1:]
 
 
 def test_a_tokenizer_without_padding_or_token_types(tmp_path):

@@ -1,5 +1,7 @@
 """Language modelling: windows, splits, baselines, tokenizers."""
 
+import hashlib
+import json
 import math
 import random
 import sysconfig
@@ -141,6 +143,31 @@ def test_bigram_and_unigram_against_counting(tmp_path):
     for model, value in ((bigram, data.baselines["byte bigram"]), (unigram, data.chance)):
         alpha = min(text.ALPHAS, key=lambda alpha, model=model: model(validation, alpha))
         assert value == pytest.approx(model(test, alpha))
+
+
+def swap_tokens(directory: str, one: int, other: int) -> None:
+    """Change a saved tokenizer in place: two of its tokens exchange their ids."""
+    path = Path(directory, "tokenizer.json")
+    saved = json.loads(path.read_text())
+    words = {index: word for word, index in saved["model"]["vocab"].items()}
+    saved["model"]["vocab"] |= {words[one]: other, words[other]: one}
+    path.write_text(json.dumps(saved))
+
+
+def test_a_tokenizer_changed_in_place_is_other_data(tmp_path):
+    name, directory = f"text:{write(tmp_path / 'a.txt', prose(300))}", save_tokenizer(tmp_path / "bpe")
+
+    def digest(tokenizer: str | None) -> str:
+        return load_data(name, sequence_length=16, tokenizer=tokenizer).provenance["sha256"]
+
+    first = digest(directory)
+    assert first == digest(save_tokenizer(tmp_path / "same"))  # wherever it is
+    assert digest(None) == hashlib.sha256(Path(tmp_path / "a.txt").read_bytes()).hexdigest()
+    swap_tokens(directory, 270, 271)
+    assert digest(directory) not in (first, digest(None))
+    special = tmp_path / "same" / "tokenizer_config.json"
+    special.write_text(json.dumps(json.loads(special.read_text()) | {"mask_token": "a"}))
+    assert digest(str(tmp_path / "same")) != first
 
 
 def test_a_tokenizer_directory(tmp_path):

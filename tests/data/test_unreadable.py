@@ -2,9 +2,11 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from data.test_folder import draw, pack, tree
+from PIL import Image
 
 from formix.data import folder, load_data
 
@@ -22,6 +24,17 @@ def cut_short(path):
     draw(image, 1)
     path.unlink()
     image.write_bytes(image.read_bytes()[:-200])  # the header is whole
+
+
+def floating(path):
+    levels = Image.fromarray(np.linspace(0, 1, 240, dtype=np.float32).reshape(12, 20))
+    levels.save(path.with_suffix(".tif"))
+    path.unlink()
+
+
+def cut_short_of_16_bits(path):
+    Image.fromarray(np.arange(240, dtype=np.uint16).reshape(12, 20)).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def empty(path):
@@ -59,10 +72,10 @@ def everything(data):
 
 
 def test_they_are_refused_by_name_unless_skipping_is_asked_for(opened, tmp_path):
-    for number, spoil in enumerate((cut_short, empty, text)):
+    for number, spoil in enumerate((cut_short, empty, text, floating, cut_short_of_16_bits)):
         root = pets(tmp_path / str(number), spoil)
         with pytest.raises(
-            ValueError, match=r"image '.*bird/03\.(png|jpg)' cannot be read \(.*\); repair or remove it, or"
+            ValueError, match=r"image '.*bird/03\.(png|jpg|tif)' cannot be read \(.*\); repair or remove it, or"
         ):
             everything(opened(root))
 
@@ -77,6 +90,23 @@ def test_skipping_leaves_them_out_and_counts_and_names_them(opened, tmp_path, ca
     assert "1 of test" in caplog.text
     for name in ("bird/03.jpg", "dog/00.png", "cat/05.jpg"):
         assert name in caplog.text
+
+
+def test_levels_without_a_range_are_left_out_too(opened, tmp_path):
+    data = opened(pets(tmp_path / "pets", floating, cut_short_of_16_bits), on_bad_sample="skip")
+    assert data.provenance["skipped"] == {"train": 2, "test": 0}
+
+
+@pytest.mark.parametrize("empty_folder", ["train/fish", "val/fish", "train/cat", "fish"])
+def test_a_class_without_images_is_refused_by_name(opened, tmp_path, empty_folder):
+    root = tree(tmp_path / "pets", *(["train", "val"] if "/" in empty_folder else [""]), each=5)
+    (root / empty_folder).mkdir(exist_ok=True)
+    for path in (root / empty_folder).iterdir():
+        path.unlink()
+    (root / empty_folder / "notes.txt").write_text("none yet")
+    (root / empty_folder).parent.joinpath(".hidden").mkdir()
+    with pytest.raises(ValueError, match=f"The class '{empty_folder}' of '.*' has no images; add some, or remove"):
+        opened(root)
 
 
 def test_without_any_the_data_are_the_same(opened, tmp_path):

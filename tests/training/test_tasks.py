@@ -12,7 +12,7 @@ import formix
 from formix.data import load_data
 from formix.data.masking import masked_lm
 from formix.training import evaluate, forward
-from formix.training.tasks import loss_of
+from formix.training.tasks import loss_of, task_objective
 
 
 class FixedLogits(nn.Module):
@@ -91,6 +91,26 @@ def test_sigmoid_loss_is_a_binary_question_per_class_summed(digits):
     expected = -(hot * logits.sigmoid().log() + (1 - hot) * (1 - logits.sigmoid()).log()).sum(1).mean()
     torch.testing.assert_close(loss_of(logits, labels, digits, loss="sigmoid"), expected)
     torch.testing.assert_close(loss_of(logits, hot.float(), digits, loss="sigmoid"), expected)
+
+
+REFUSED = {
+    "masked-lm": ({"loss": "sigmoid"}, "'sigmoid', which is for classes, and 'a' is masked-lm"),
+    "causal-lm": ({"loss": "sigmoid"}, "use 'softmax'"),
+    "sequence-regression": ({"loss": "sigmoid"}, "use 'softmax'"),
+    "sequence-regression smoothed": ({"label_smoothing": 0.1}, "label_smoothing is 0.1, and the labels of 'a' are"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_losses_that_a_task_has_not(case, digits):
+    settings, named = REFUSED[case]
+    with pytest.raises(ValueError, match=named):
+        task_objective(dataclasses.replace(digits, name="a", task=case.split()[0]), **settings)
+
+
+@pytest.mark.parametrize("task", ["image-classification", "sequence-classification", "causal-lm", "masked-lm"])
+def test_labels_are_smoothed_wherever_there_are_classes_or_tokens(task, digits):
+    assert task_objective(dataclasses.replace(digits, task=task), label_smoothing=0.1)
 
 
 def test_labels_that_are_distributions_and_labels_that_do_not_count(digits):

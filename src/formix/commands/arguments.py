@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import re
 import types
@@ -22,7 +23,16 @@ def parse(config_class: Any, verb: str, flags: list[str]) -> Any:
 
 
 def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[Any]:
-    """Several dataclasses whose fields stand side by side in the flags and the YAML."""
+    """Several dataclasses whose fields stand side by side in the flags and the YAML; `--config` comes first."""
+    try:
+        return _parsed(config_classes, verb, [_underscored(flag) for flag in flags])
+    except ValueError as error:
+        if flags[:1] != ["--config"] or _is_of_a_flag(str(error), flags):
+            raise
+        raise ValueError(f"{flags[1]}: {error}") from None
+
+
+def _parsed(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[Any]:
     from jsonargparse import ArgumentError, ArgumentParser
 
     _refuse_equal_keys()
@@ -38,7 +48,7 @@ def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) ->
         if get_type_hints(config_class)[field.name] is bool
     }
     try:
-        values = parser.parse_args(_with_values([_underscored(flag) for flag in flags], switches)).as_dict()
+        values = parser.parse_args(_with_values(flags, switches)).as_dict()
     except ArgumentError as error:
         raise ValueError(_sentence(str(error), config_classes, verb)) from None
     except UnicodeDecodeError as error:
@@ -86,6 +96,12 @@ def _build(config_class: Any, values: dict[str, Any]) -> Any:
         nested = dataclasses.is_dataclass(kind) and isinstance(value, dict)
         arguments[field.name] = kind(**value) if nested else value
     return config_class(**arguments)
+
+
+def _is_of_a_flag(message: str, flags: Sequence[str]) -> bool:
+    """Whether a message, which begins with a setting's name, is about one of the flags and not about the file."""
+    given = {re.split(r"[=.]", _underscored(flag)[2:])[0] for flag in flags if flag.startswith("--")}
+    return re.split(r"\W", message.removeprefix("--"))[0] in given
 
 
 def _with_values(flags: list[str], switches: set[str]) -> list[str]:
@@ -141,9 +157,29 @@ def _sentence(message: str, config_classes: Sequence[Any], verb: str) -> str:
         return f"{key[1]} is {given[1]}; it must be {_words(kind)}."
     if text.startswith("Unexpected config"):
         return "the file holds no settings, which are lines of the form 'name: value'."
+    if unknown := re.match(r"Option '(.+)' is not accepted|Group '(.+)' does not accept option '(.+)'", text):
+        return _unknown(unknown[1] or f"{unknown[2]}.{unknown[3]}", config_classes, verb)
+    if unknown := re.match(r"unrecognized arguments: --([\w.]+)", text):
+        return "--" + _unknown(unknown[1], config_classes, verb)
     if text.startswith("unrecognized arguments"):
         return f"{text}; formix {verb} --help lists the flags."
     return text
+
+
+def _unknown(key: str, config_classes: Sequence[Any], verb: str) -> str:
+    """What to say of a setting that there is not, with the nearest of those beside it, else all."""
+    group, _, name = key.rpartition(".")
+    kinds = [_kind_of(config_class, group) for config_class in config_classes] if group else config_classes
+    allowed = [field.name for kind in kinds if dataclasses.is_dataclass(kind) for field in dataclasses.fields(kind)]
+    initials = "".join(word[:1] for word in name.split("_"))  # learning_rate is lr, or lrs
+    near = [n for n in allowed if n.removesuffix("s") == initials]
+    near = near or difflib.get_close_matches(name, allowed, cutoff=0.5)
+    near, allowed = ([f"{group}.{n}" if group else n for n in found] for found in (near, allowed))
+    if near:
+        advice = f"did you mean {' or '.join(near)}?"
+    else:
+        advice = f"known are {', '.join(allowed)}." if allowed else "leave it out."
+    return f"{key} is no setting of formix {verb}; {advice} formix {verb} --help explains all."
 
 
 def _kind_of(config_class: Any, key: str) -> Any:

@@ -53,10 +53,7 @@ def _configs(studies: list[str], flags: list[str]) -> list[CompareConfig]:
     for study in studies:
         if not Path(study).is_file():
             raise ValueError(f"{study} is no file; give a study's YAML.")
-        try:
-            config = parse(CompareConfig, "compare", ["--config", study, *flags])
-        except ValueError as error:
-            raise ValueError(f"{study}: {error}") from None
+        config = parse(CompareConfig, "compare", ["--config", study, *flags])
         default = CompareConfig.__dataclass_fields__["out"].default
         if config.out == default:
             config = dataclasses.replace(config, out=f"runs/{Path(study).stem}")

@@ -25,7 +25,7 @@ def train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from formix.comparison.models import build_model
-    from formix.training import Checkpoints, evaluate
+    from formix.training import Checkpoints, evaluate, task_objective
     from formix.training import train as run
     from formix.training.diagnostics import diagnose
     from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory, combined
@@ -38,6 +38,7 @@ def train(arguments: list[str]) -> int:
         torch.set_num_threads(job.threads)
     out = OutputDirectory(job.out)
     data = job.load_data()
+    objective = task_objective(data, training.label_smoothing, training.loss)  # which may refuse: nothing is there yet
     set_seed(training.seed)
     model = build_model(data, job.model, job.model_args, job.design)
     if job.plan:
@@ -80,6 +81,7 @@ def train(arguments: list[str]) -> int:
                 model,
                 data,
                 training,
+                objective=objective,
                 checkpoints=checkpoints,
                 parallel=job.parallel,
                 workers=job.workers,

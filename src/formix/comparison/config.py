@@ -25,7 +25,7 @@ class CompareConfig(DataConfig):
     weight_decay: float = 0.05  # AdamW's, of weight matrices
     warmup: float = 0.1  # share of the budget with a rising learning rate
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    label_smoothing: float = 0.0  # classification only
+    label_smoothing: float = 0.0  # share of the target that all classes, or tokens, get alike; not of regression
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the processor has it
     evaluations: int = 5  # points of the learning curve
 

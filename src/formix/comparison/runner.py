@@ -36,7 +36,7 @@ from formix.data import Data
 from formix.design import design as find_design
 from formix.environment import capture_environment
 from formix.records import write_atomically
-from formix.training import Step, evaluate, train
+from formix.training import Objective, Step, evaluate, task_objective, train
 
 _log = logging.getLogger("formix")
 
@@ -64,10 +64,12 @@ def compare(config: CompareConfig, on_progress: Callable[[Progress], None] | Non
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = config.load_data()
+    objective = task_objective(data, config.label_smoothing)
     designs = _check_designs(config, data)
     _claim(out, config, data)
     able = [record.design for record in designs if record.refused is None]
-    job = _Job(config=config, data=data, out=out, total=_count(config, able), on_progress=on_progress)
+    total = _count(config, able)
+    job = _Job(config=config, data=data, objective=objective, out=out, total=total, on_progress=on_progress)
 
     first: dict[tuple[str, float], RunRecord] = {}
     for name in able:
@@ -105,6 +107,7 @@ class _Job:
 
     config: CompareConfig
     data: Data
+    objective: Objective
     out: Path
     total: int
     on_progress: Callable[[Progress], None] | None
@@ -130,7 +133,7 @@ class _Job:
             def report(step: Step) -> None:
                 display(Progress(run=number, runs=self.total, label=label, share=step.progress))
 
-        result = train(model, self.data, training, on_step=report)
+        result = train(model, self.data, training, objective=self.objective, on_step=report)
         record = RunRecord(
             design=name,
             seed=seed,
@@ -172,6 +175,11 @@ def _check_designs(config: CompareConfig, data: Data) -> list[DesignRecord]:
             DesignRecord(design=name, description=chosen.describe(), definition=chosen.to_dict(), refused=refused)
         )
     if len(reasons) == len(records):
+        try:
+            build_model(data, config.model, config.model_args, "softmax")
+        except ValueError as error:
+            if str(error) in reasons:
+                raise  # what no design changes is of the settings
         raise ValueError(f"None of the designs can do {config.data}: {reasons[0]}")
     return records
 
@@ -222,7 +230,7 @@ def _hash(content: Any) -> str:
 
 def _claim(out: Path, config: CompareConfig, data: Data) -> None:
     """Mark the directory as this comparison's, or refuse one that is another's."""
-    defining = _defining(config) | {"contents of data": data.provenance.get("sha256")}
+    defining = _defining(config) | {f"contents of {config.contents}": data.provenance.get("sha256")}
     path, mine = out / "config.json", {"defining": defining, "config": dataclasses.asdict(config)}
     if path.is_file():
         try:

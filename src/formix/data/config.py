@@ -20,6 +20,11 @@ class DataConfig:
     limit: int | None = None  # most training samples (bytes of text)
     on_bad_sample: OnBadSample = "refuse"  # of images in files: one that cannot be read ends the run, or is left out
 
+    @property
+    def contents(self) -> str:
+        """What `provenance["sha256"]` is of, in words."""
+        return "data" if self.tokenizer is None else "data and tokenizer"
+
     def load_data(self) -> Data:
         """The data of the run."""
         return load_data(

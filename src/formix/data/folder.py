@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MEMORY_LIMIT = 2**30  # bytes of decoded pixels up to which images are kept; above, each is decoded when it is read
+NAMED_SPLITS = ("train", "val", "test")  # folders that are splits and no classes
+BY_CLASS = "a folder per class"  # and no splits
 DEFAULT_SIZE = 64  # side, where the images differ in size and no img_size is given
 
 
@@ -65,13 +67,28 @@ class EncodedImage(NamedTuple):
         """The image as it is stored, uncut; ValueError if it cannot be read."""
         image = self.open()
         try:
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
         except Exception as error:
             raise ValueError(self._complaint(error)) from error
 
     def _complaint(self, error: Exception) -> str:
         reason = "it is no image" if type(error).__name__ == "UnidentifiedImageError" else error
         return f"The image {self.name!r} cannot be read ({reason}); repair or remove it, or use on_bad_sample=skip."
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits divided by 256, where Pillow would clip them at 255.
+
+    ValueError for other levels of more than 8 bits, since no file says what white is.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):  # PGM is brought to 16 bits
+        image.load()  # which says what is wrong with a file, as NumPy does not
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its grey levels, Pillow's mode {image.mode}, have no known range; save it with 8 or 16 bits")
+    return image
 
 
 class DecodedWhenRead(ABC):
@@ -108,10 +125,16 @@ def load_folder(request: Request) -> Data:
     With train/CLASS/* and val/CLASS/* (or test/), that split is the test set and validation is held out of train; with
     all three, each is what its name says; with CLASS/* alone, validation and test are both held out, stratified. RGB;
     scaled by the shorter side and cut to the centre. ValueError for a path that does not exist, no images, fewer than
-    two classes, a class that train lacks, or an image that cannot be read.
+    two classes, a class without images or that train lacks, or an image that cannot be read.
     """
-    tree = _tree(request)
+    tree, folders = _tree(request)
     by_split, how = _splits(tree, request)
+    depth = 1 if how == BY_CLASS else 2
+    with_images = {path.parts[:depth] for path in tree}
+    classes = {path.parts for path in folders if len(path.parts) == depth and not path.name.startswith(".")}
+    for parts in sorted(classes - with_images):
+        if depth == 1 or parts[0] in NAMED_SPLITS:
+            raise empty_class(request.name, "/".join(parts))
     class_names = sorted({label for _, label in by_split["train"]})
     index = {label: i for i, label in enumerate(class_names)}
     for split, samples in by_split.items():
@@ -126,6 +149,11 @@ def load_folder(request: Request) -> Data:
     labels = {split: np.array([index[label] for _, label in samples]) for split, samples in by_split.items()}
     provenance = {"source": request.argument, "licence": "the user's own files", "preprocessing": how}
     return encoded_image_data(request, files, labels, class_names, provenance)
+
+
+def empty_class(name: str, folder: str) -> ValueError:
+    """What torchvision's ImageFolder refuses too: a class that nothing can be learned of, or whose images got lost."""
+    return ValueError(f"The class {folder!r} of {name!r} has no images; add some, or remove its folder.")
 
 
 def encoded_image_data(
@@ -185,22 +213,29 @@ def _readable_ones(
     return kept, kept_labels, skipped
 
 
-def _tree(request: Request) -> dict[PurePosixPath, EncodedImage]:
-    """Every image below the root, by its path from there, sorted; folders around the whole tree are passed over."""
+def _tree(request: Request) -> tuple[dict[PurePosixPath, EncodedImage], set[PurePosixPath]]:
+    """Every image below the root, by its path from there, sorted, and every folder; those around the whole tree are
+    passed over."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     root = Path(request.argument)
     if not root.exists():
         raise ValueError(f"{str(root)!r} does not exist; give a folder, or a .tar, that holds a folder per class.")
     found: dict[PurePosixPath, EncodedImage] = {}
+    folders: set[PurePosixPath] = set()
     if root.is_dir():
         for folder, _, names in os.walk(root, followlinks=True):
+            folders.add(PurePosixPath(Path(folder).relative_to(root)))
             for path in (Path(folder, name) for name in names):
                 found[PurePosixPath(path.relative_to(root))] = EncodedImage(str(path), path.read_bytes)
     else:
         try:
             with tarfile.open(root, "r:") as archive:
-                for member in filter(tarfile.TarInfo.isfile, archive):
+                for member in archive:
+                    if member.isdir():
+                        folders.add(PurePosixPath(member.name))
+                    if not member.isfile():
+                        continue
                     read = partial(_read_part, root, member.offset_data, member.size)
                     found[PurePosixPath(member.name)] = EncodedImage(f"{root}/{member.name}", read)
         except (tarfile.TarError, EOFError) as error:
@@ -209,10 +244,11 @@ def _tree(request: Request) -> dict[PurePosixPath, EncodedImage]:
     if not images:
         raise ValueError(f"{str(root)!r} holds no images ({', '.join(IMG_EXTENSIONS)}).")
     while all(len(p.parts) > 2 for p in images) and len(tops := {p.parts[0] for p in images}) == 1:
-        if tops <= {"train", "val", "test"}:
+        if tops <= set(NAMED_SPLITS):
             break
+        folders = {PurePosixPath(*p.parts[1:]) for p in folders if p.parts[:1] == (*tops,)}
         images = {PurePosixPath(*p.parts[1:]): f for p, f in images.items()}
-    return dict(sorted(images.items()))
+    return dict(sorted(images.items())), folders
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:
@@ -227,7 +263,7 @@ def _splits(
     """(image, class) of the splits that the tree names, always train, and which they are in words."""
     named: dict[str, list[tuple[EncodedImage, str]]] = {}
     for path, file in tree.items():
-        if path.parts[0] in ("train", "val", "test") and len(path.parts) > 2:
+        if path.parts[0] in NAMED_SPLITS and len(path.parts) > 2:
             named.setdefault(path.parts[0], []).append((file, path.parts[1]))
     if named and "train" not in named:
         raise ValueError(f"{request.name!r} has {' and '.join(sorted(named))} but no train to learn from; add it.")
@@ -241,7 +277,7 @@ def _splits(
     samples = [(file, path.parts[0]) for path, file in tree.items() if len(path.parts) > 1]
     if not samples:
         raise ValueError(f"{request.name!r} has images but no classes; put the images of each class in a folder.")
-    return {"train": samples}, "a folder per class"
+    return {"train": samples}, BY_CLASS
 
 
 def _common_size(files: Sequence[EncodedImage]) -> tuple[int, int] | None:

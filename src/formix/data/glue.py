@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from formix.data.base import SPLITS, Batch, BatchDataset, Data, Metric, Request, majority_accuracy
-from formix.data.text import load_tokenizer
+from formix.data.text import content_hash, load_tokenizer, tokenizer_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -104,6 +103,7 @@ def load_glue(request: Request) -> Data:
 
     sentences = [sentence for row in rows["train"] for sentence in row]
     tokenizer = load_tokenizer(request.tokenizer) if request.tokenizer else train_wordpiece(sentences)
+    identity = tokenizer_identity(tokenizer) if request.tokenizer else None  # one made of train follows from the files
     if tokenizer.pad_token is None:  # GPT-2's, for one; the mask hides what stands there
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     pair = len(task.columns) == 2
@@ -136,9 +136,7 @@ def load_glue(request: Request) -> Data:
             "preprocessing": f"dev.tsv is test; validation held out of train.tsv, seed {request.seed}; "
             + (f"the tokenizer {request.tokenizer}" if request.tokenizer else "a WordPiece vocabulary trained on train")
             + (f"; {task.note}" if task.note else ""),
-            "sha256": hashlib.sha256(
-                (folder / "train.tsv").read_bytes() + (folder / "dev.tsv").read_bytes()
-            ).hexdigest(),
+            "sha256": content_hash((folder / "train.tsv").read_bytes() + (folder / "dev.tsv").read_bytes(), identity),
         },
     )
 

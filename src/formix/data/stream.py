@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 
 from formix.data.base import SPLITS, Data, Request
-from formix.data.folder import DEFAULT_SIZE, DecodedWhenRead, EncodedImage
+from formix.data.folder import BY_CLASS, DEFAULT_SIZE, NAMED_SPLITS, DecodedWhenRead, EncodedImage, empty_class
 from formix.data.images import ImageDataset, image_data
 from formix.data.unreadable import CHUNK, count_skipped, readable, refuse_loss
 
@@ -55,11 +55,15 @@ def load_stream(request: Request) -> Data:
     Splits are those of `folder:PATH`; what is missing is held out of train by a hash of each file's name, so that no
     list is needed for it. Images lie directly in their class's folder. The index goes to formix's cache
     (`FORMIX_CACHE`, else ~/.cache/formix) and is made anew when a folder has changed. With `on_bad_sample="skip"` all
-    images are read when it is made, and it lacks those that cannot be. ValueError for a path that is no such folder.
+    images are read when it is made, and it lacks those that cannot be. ValueError for a path that is no such folder, or
+    a class without images.
     """
     root = Path(request.argument)
     splits, how = _folders(root)
     names = _class_names(root / splits["train"])
+    for folder in (Path(part, name) for part in splits.values() for name in _class_names(root / part)):
+        if not any(map(_is_image, os.scandir(root / folder))):
+            raise empty_class(request.name, folder.as_posix())
     index, digest, skipped = _index(root, splits, request)
     rows = None
     if request.limit is not None and request.limit < (count := len(index["train"]["labels"])):
@@ -88,7 +92,7 @@ def _folders(root: Path) -> tuple[dict[str, str], str]:
     """Where the splits that the folder names lie below it, always train, and which they are in words."""
     if not root.is_dir():
         raise ValueError(f"{str(root)!r} is no folder; give one that holds a folder per class.")
-    there = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+    there = [name for name in NAMED_SPLITS if (root / name).is_dir()]
     if there and "train" not in there:
         raise ValueError(f"{str(root)!r} has {' and '.join(there)} but no train to learn from; add it.")
     if there == ["train", "val", "test"]:
@@ -96,7 +100,7 @@ def _folders(root: Path) -> tuple[dict[str, str], str]:
     if there:
         held = {"test": there[1]} if len(there) == 2 else {}
         return {"train": "train", **held}, "train as named" + (f"; {there[1]} is the test set" if held else "")
-    return {"train": ""}, "a folder per class"
+    return {"train": ""}, BY_CLASS
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -206,14 +210,17 @@ def _file(root: Path, path: str) -> EncodedImage:
 
 def _images(root: Path, part: str, classes: dict[str, int]) -> Iterator[tuple[str, int]]:
     """(path below the root, label) of a split, class by class; only one class's names are in memory at a time."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     for name in _class_names(root / part):
         if name not in classes:
             raise ValueError(f"{str(root / part)!r} has the class {name!r}, which train lacks; rename or remove it.")
-        for entry in sorted(e.name for e in os.scandir(root / part / name)):
-            if entry.lower().endswith(IMG_EXTENSIONS) and not entry.startswith("."):
-                yield os.path.join(part, name, entry), classes[name]
+        for entry in sorted(e.name for e in filter(_is_image, os.scandir(root / part / name))):
+            yield os.path.join(part, name, entry), classes[name]
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".")
 
 
 def _chosen(name: bytes, absent: dict[str, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -55,6 +56,7 @@ def text_data(request: Request, texts: Sequence[bytes], provenance: dict[str, An
     """
     length = request.sequence_length
     tokenizer = None if request.tokenizer is None else load_tokenizer(request.tokenizer)
+    identity = None if tokenizer is None else tokenizer_identity(tokenizer)
     if request.limit is not None:
         texts = [texts[0][: _character_start(texts[0], request.limit)], *texts[1:]]
     sets, bytes_per_target = {}, {}
@@ -94,7 +96,7 @@ def text_data(request: Request, texts: Sequence[bytes], provenance: dict[str, An
             "counts": {split: len(sets[split]) for split in SPLITS},  # windows
             "bytes": {split: len(text) for split, text in zip(SPLITS, texts, strict=True)},
             "tokens": "bytes" if tokenizer is None else f"the tokenizer {request.tokenizer}",
-            "sha256": hashlib.sha256(b"".join(texts)).hexdigest(),
+            "sha256": content_hash(b"".join(texts), identity),
         },
     )
 
@@ -219,6 +221,20 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer={directory!r} has no fast version (tokenizer.json), which the byte counts need.")
     return tokenizer
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> bytes:
+    """What decides the ids of its tokens, of one as `load_tokenizer` gives it: use adds truncation and padding."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return json.dumps([tokenizer.backend_tokenizer.to_str(), special], sort_keys=True).encode()
+
+
+def content_hash(texts: bytes, tokenizer: bytes | None) -> str:
+    """SHA-256 of the texts and, where a directory's tokenizer reads them, of its identity: other ids are other data."""
+    digest = hashlib.sha256(texts)
+    if tokenizer is not None:
+        digest.update(hashlib.sha256(tokenizer).digest())
+    return digest.hexdigest()
 
 
 def _byte_tokens(text: bytes) -> tuple[Tensor, Callable[[int], int]]:

@@ -17,6 +17,7 @@ is neither gone on from nor counted among those that are kept; at most `keep` of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from formix.models import save as save_model
 from formix.training.parallel import from_first, process_count, together
@@ -149,7 +151,8 @@ class Checkpoints:
         try:
             together(lambda: self._begin(partial), first_only=True, otherwise=failed)
             together(parts, otherwise=failed)
-            together(lambda: model(partial / "model"), otherwise=failed)
+            with _no_bar():
+                together(lambda: model(partial / "model"), otherwise=failed)
             together(close, first_only=True, otherwise=failed)
         except ValueError:
             if process == 0:
@@ -305,6 +308,18 @@ def _storage(kind: str) -> Any:
             f"Checkpoints of training need PyTorch 2.8 or later, and this is {torch.__version__}; update it, or train "
             "without checkpoints as formix compare does."
         ) from None
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers shows a bar at every save, across the one of the run."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _write_json(path: Path, content: Document) -> None:

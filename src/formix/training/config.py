@@ -45,8 +45,8 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient; 0 turns clipping off
     spike: float = 0.0  # a loss above so many times the recent median is a divergence, as NaN is; 0: off
     on_divergence: OnDivergence = "stop"  # rewind: to the last checkpoint, then on with the data after the divergence
-    loss: Loss = "softmax"  # of classes: cross-entropy, or one binary one per class, summed
-    label_smoothing: float = 0.0  # classification only
+    loss: Loss = "softmax"  # cross-entropy or, of classification alone, one binary one per class, summed
+    label_smoothing: float = 0.0  # share of the target that all classes, or tokens, get alike; not of regression
     augmentation: Augmentation = field(default_factory=Augmentation)  # of training images
     ema: float = 0.0  # decay of the moving average of the weights, which is what is then evaluated; 0: none
     precision: Precision = "auto"  # autocast; auto: bfloat16 where it is fast

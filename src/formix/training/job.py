@@ -68,7 +68,8 @@ class JobConfig(DataConfig):
 
     def identity(self, data: Data) -> dict[str, Any]:
         """What a checkpoint is of, the contents of the data included."""
-        return {**{name: getattr(self, name) for name in DEFINING}, "sha256 of the data": data.provenance.get("sha256")}
+        defining = {name: getattr(self, name) for name in DEFINING}
+        return {**defining, f"sha256 of the {self.contents}": data.provenance.get("sha256")}
 
 
 class OutputDirectory:

@@ -61,7 +61,18 @@ class Objective:
 
 
 def task_objective(data: Data, label_smoothing: float = 0.0, loss: Loss = "softmax") -> Objective:
-    """The data's own: cross-entropy or squared error, and the data's metric on the validation split."""
+    """The data's own: cross-entropy or squared error, and the data's metric on the validation split.
+
+    Raises:
+        ValueError: a loss that the task has not, or smoothed labels where they are scores.
+    """
+    if loss == "sigmoid" and data.task not in ("image-classification", "sequence-classification"):
+        raise ValueError(f"loss is 'sigmoid', which is for classes, and {data.name!r} is {data.task}; use 'softmax'.")
+    if label_smoothing and data.task == "sequence-regression":
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}, and the labels of {data.name!r} are scores, which have no classes "
+            "to smooth over; leave it at 0."
+        )
     return Objective(
         loss=lambda model, batch: loss_of(forward(model, batch), batch["labels"], data, label_smoothing, loss),
         metric=lambda model: evaluate(model, data, "validation"),
