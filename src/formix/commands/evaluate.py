@@ -66,9 +66,8 @@ def evaluate(arguments: list[str]) -> int:
     model = load(directory)
     job = _job(config, trained, model)
     data = job.load_data()
-    if (
-        not trained and hasattr(model, "conversion_record") and data.task == "image-classification"
-    ):  # converted, not trained
+    converted_alone = not trained and hasattr(model, "conversion_record")
+    if converted_alone and data.task == "image-classification":
         data = normalised_for(model, data)
     _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
     value = measure(model, data, config.split, batch_size=config.batch_size)
