@@ -38,6 +38,17 @@ def test_attention_prints_a_table_writes_its_files_and_compares(tmp_path, capsys
     assert "against the benchmark of" in capsys.readouterr().out
 
 
+def test_nothing_is_measured_for_a_comparison_without_a_common_case(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(AttentionCase, "ceiling_side", 64)
+    arguments = ["bench", "attention", "--batch=1", "--heads=2", "--head_size=16", "--repetitions=1", "--seconds=0.01"]
+    assert main([*arguments, "--tokens=16", "--baselines=softmax", f"--out={tmp_path / 'first'}"]) == 0
+    monkeypatch.setattr(AttentionCase, "calls", lambda case: pytest.fail("measured"))
+    compared = f"--compare={tmp_path / 'first' / 'results.json'}"
+    assert main([*arguments, "--tokens=17", compared, f"--out={tmp_path / 'second'}"]) == 2
+    assert "no case in common" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
 def test_blocks_and_models_run(capsys):
     common = ["--batch=1", "--repetitions=1", "--seconds=0.01", "--threads=1"]
     assert main(["bench", "block", "--tokens=9", "--dim=16", "--heads=2", "--profile=true", *common]) == 0
