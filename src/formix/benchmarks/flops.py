@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from formix.design import Mixer, Sima
-from formix.layers import GatedUnit
 
 
 def mixer_flops(mixer: Mixer, heads: int, queries: int, keys: int, head_dim: int) -> int:
@@ -73,8 +72,6 @@ def _counter(module: Any) -> Callable[[Tensor, Any], int] | None:
         return lambda x, y: 2 * y.numel() * per_output
     if type(module).__name__ == "Conv1D":  # transformers' linear layer with a transposed weight
         return lambda x, y: 2 * y.numel() * module.nx
-    if isinstance(module, GatedUnit):  # calls its weights, not its linear layers
-        return lambda x, y: 2 * x.numel() * 3 * module.fc1.out_features
     if hasattr(module, "mixer_flops"):  # a mixer with another number of queries than of keys counts for itself
         return lambda x, y: module.mixer_flops(x)
     if hasattr(module, "mixer") and hasattr(module, "num_heads"):
