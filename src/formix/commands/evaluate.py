@@ -66,7 +66,7 @@ def evaluate(arguments: list[str]) -> int:
     model = load(directory)
     job = _job(config, trained, model)
     data = job.load_data()
-    converted_alone = not trained and hasattr(model, "conversion_record")
+    converted_alone = not trained and getattr(model, "conversion_record", None) is not None
     if converted_alone and data.task == "image-classification":
         data = normalised_for(model, data)
     _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
