@@ -28,6 +28,7 @@ def train(arguments: list[str]) -> int:
     from formix.training import Checkpoints, evaluate, task_objective
     from formix.training import train as run
     from formix.training.diagnostics import diagnose
+    from formix.training.inputs import describe_data, save_with_inputs
     from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory, combined
     from formix.training.parallel import joined, process_count, together
     from formix.training.plan import plan
@@ -41,6 +42,7 @@ def train(arguments: list[str]) -> int:
     objective = task_objective(data, training.label_smoothing, training.loss)  # which may refuse: nothing is there yet
     set_seed(training.seed)
     model = build_model(data, job.model, job.model_args, job.design)
+    describe_data(model, data)
     if job.plan:
         with joined() as accelerator:
             print(plan(model, data, training, accelerator.device))
@@ -56,6 +58,7 @@ def train(arguments: list[str]) -> int:
             minutes=job.save_minutes,
             steps=job.save_steps,
             identity=job.identity(data),
+            write_model=lambda model, directory: save_with_inputs(model, directory, data),
         )
         at_end.callback(out.release)
         together(lambda: out.claim(combined(job, training)), first_only=True, otherwise=f"{out.path} cannot be used")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from formix.benchmarks import count_flops
 from formix.conversion.hybrid import choose_layers
 from formix.conversion.planning import NewWeight, Plan, layer_changes, layers_of_design, shapes
-from formix.conversion.preprocessing import keep_preprocessing
+from formix.models.inputs import keep_inputs
 from formix.conversion.record import Conversion, design_of, sha256
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
@@ -67,7 +67,7 @@ def _carried(model: nn.Module, design: str | Design, layers: Sequence[int] | str
 
 def _keep_settings(target: Any, source: Any) -> None:
     """What a model is used with beside its weights: how it generates, how its images are prepared."""
-    keep_preprocessing(target, source)
+    keep_inputs(target, source)
     if hasattr(target, "config") and target.can_generate():
         target.generation_config = copy.deepcopy(source.generation_config)
 

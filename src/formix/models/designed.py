@@ -8,6 +8,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from formix.design import Design
+from formix.models.image import saved_names
 
 # these say how a model is trained or placed, or where its weights came from, not what it is: a saved config.json leaves
 # them out
@@ -45,6 +46,7 @@ class Designed:
         return {
             "architecture": "formix_vit",
             "num_classes": self.num_classes,
+            **saved_names(self),
             "num_features": self.num_features,
             "global_pool": self.global_pool,
             "model_args": {"base": self.base, "design": self.design.to_dict(), **arguments},

@@ -15,7 +15,7 @@ from torch import nn
 from formix.design import Design
 from formix.models import text, vit
 from formix.models.designed import Designed
-from formix.models.image import ImageModel
+from formix.models.image import ImageModel, image_size
 from formix.models.recorded import ASIDE, FILE, remember_record, write_record
 
 WEIGHTS = "model.safetensors"
@@ -87,6 +87,12 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
         arguments["design"] = design
     model = _entry(config)(**arguments)
     new_classes = "num_classes" in kwargs and kwargs["num_classes"] != config["model_args"].get("num_classes")
+    inputs = _inputs(config)
+    if not getattr(model, "dynamic_img_size", False):
+        inputs["input_size"] = (model.in_chans, *image_size(model))  # type: ignore[misc]
+    if new_classes:
+        inputs.pop("label_names", None)
+    model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
     try:
         missing, unexpected = _load(model, directory, new_classes)
     except RuntimeError as error:
@@ -161,9 +167,15 @@ def _entry(config: dict[str, Any]) -> Any:
     return own.get(str(config["architecture"]))
 
 
+def _inputs(config: dict[str, Any]) -> dict[str, Any]:
+    """What a model's pretrained_cfg gets of its directory."""
+    names = {"label_names": config["label_names"]} if "label_names" in config else {}
+    return {**config["pretrained_cfg"], **names}
+
+
 def _load_image(config: dict[str, Any], directory: Path) -> Any:
     model: Any = _entry(config)(**config["model_args"])
-    model.pretrained_cfg = {**model.pretrained_cfg, **config["pretrained_cfg"]}
+    model.pretrained_cfg = {**model.pretrained_cfg, **_inputs(config)}
     stored = load_file(directory / WEIGHTS)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored:

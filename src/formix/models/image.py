@@ -57,6 +57,7 @@ class ImageModel:
         return {
             "architecture": self.architecture,
             "num_classes": self.num_classes,
+            **saved_names(self),
             "num_features": self.num_features,
             "global_pool": self.global_pool,
             "model_args": arguments,
@@ -66,6 +67,12 @@ class ImageModel:
     def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's weights under this model's names; families with several layouts override it."""
         return state
+
+
+def saved_names(model: Any) -> dict[str, Any]:
+    """The names of the classes as config.json has them, where they have any."""
+    names = dict(model.pretrained_cfg).get("label_names")
+    return {} if names is None else {"label_names": names}
 
 
 def image_size(model: Any) -> tuple[int, int] | None:
