@@ -106,7 +106,7 @@ def _is_of_a_flag(message: str, flags: Sequence[str]) -> bool:
 
 def _with_values(flags: list[str], switches: set[str]) -> list[str]:
     """A switch that stands alone is true: `--plan` is `--plan=true`."""
-    following = [*flags[1:], "--"]
+    following = [*flags, "--"][1:]
     return [
         f"{flag}=true" if flag[2:] in switches and flag.startswith("--") and after.startswith("--") else flag
         for flag, after in zip(flags, following, strict=True)

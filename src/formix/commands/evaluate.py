@@ -47,21 +47,13 @@ def evaluate(arguments: list[str]) -> int:
     from formix import load
     from formix.evaluation.probe import normalised_for
     from formix.training import evaluate as measure
-    from formix.training.job import OutputDirectory
 
     named = [f"--model={a}" for a in arguments[:1] if not a.startswith("-")]
     config = parse(EvalConfig, "eval", [*named, *arguments[len(named) :]])
     if config.batch_size < 1:
         raise ValueError(f"batch_size is {config.batch_size}; it must be 1 or more.")
-    directory, trained = Path(config.model), {}
-    if (directory / "checkpoints").is_dir():
-        out = OutputDirectory(directory)
-        directory, trained = out.model, json.loads(out.config.read_text())
-        if not directory.is_dir():
-            raise ValueError(
-                f"{out.path} has no model yet; finish its training, or give a checkpoint's model directory."
-            )
-    elif config.data is None:
+    directory, trained = trained_model(Path(config.model))
+    if not trained and config.data is None:
         raise ValueError(f"{directory} does not say what data it is for; give --data.")
     model = load(directory)
     job = _job(config, trained, model)
@@ -85,6 +77,23 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def trained_model(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory of the model that a training run made, and the run's settings; of any other it is the model's
+    own, and there are none.
+
+    Raises:
+        ValueError: a run that has made no model yet.
+    """
+    from formix.training.job import OutputDirectory
+
+    if not (directory / "checkpoints").is_dir():
+        return directory, {}
+    out = OutputDirectory(directory)
+    if not out.model.is_dir():
+        raise ValueError(f"{out.path} has no model yet; finish its training, or give a checkpoint's model directory.")
+    return out.model, json.loads(out.config.read_text())
+
+
 def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
     """The settings of the data: those asked for, else those of the training, as far as they are about the model.
 
@@ -93,14 +102,14 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
     """
     from formix.data import IMAGES
     from formix.models.image import image_size
-    from formix.models.text import check_length
+    from formix.models.text import check_length, task_of
     from formix.training.job import JobConfig
 
     fields = {f.name for f in dataclasses.fields(JobConfig)} - {"model"}
     asked = {k: v for k, v in dataclasses.asdict(config).items() if k in fields and v is not None}
     same = config.data in (None, trained.get("data"))
     settings = {k: v for k, v in trained.items() if k in fields and (same or k in READING)} | asked
-    source, task, size = settings["data"].partition(":")[0], _task(model), image_size(model)
+    source, task, size = settings["data"].partition(":")[0], task_of(model), image_size(model)
     if source in (TEXTS if task == "image-classification" else IMAGES):
         raise ValueError(f"The model in {config.model} is for {task}, which {settings['data']!r} is not for.")
     if task == "masked-lm":
@@ -117,20 +126,12 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
     return JobConfig(**settings)
 
 
-def _task(model: Any) -> str:
-    """What a model is for, in the words of `Data.task`; a regression is a classification."""
-    if not hasattr(model, "config") or model.config.model_type == "formix_cvt":
-        return "image-classification"
-    from formix.models.text import FAMILIES
-
-    return next(task for _, kinds in FAMILIES.values() for task, kind in kinds.items() if type(model) is kind)
-
-
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
     """ValueError where the model's input or output is not what the data give and ask for."""
     from formix.comparison.models import check_images
+    from formix.models.text import task_of
 
-    config, task = getattr(model, "config", None), _task(model)
+    config, task = getattr(model, "config", None), task_of(model)
     if data.task.replace("regression", "classification") != task:
         raise ValueError(f"The model in {directory} is for {task}, and {data.name!r} is for {data.task}.")
     check_images(model, data, directory)

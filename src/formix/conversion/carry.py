@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from formix.benchmarks import count_flops
 from formix.conversion.hybrid import choose_layers
 from formix.conversion.planning import NewWeight, Plan, layer_changes, layers_of_design, shapes
-from formix.models.inputs import keep_inputs
 from formix.conversion.record import Conversion, design_of, sha256
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
 from formix.conversion.weight_map import forward
 from formix.design import Design
 from formix.models.image import image_size
+from formix.models.inputs import keep_inputs
 from formix.models.recorded import FILE
 
 _log = logging.getLogger("formix")

@@ -127,7 +127,7 @@ def load_folder(request: Request) -> Data:
     scaled by the shorter side and cut to the centre. ValueError for a path that does not exist, no images, fewer than
     two classes, a class without images or that train lacks, or an image that cannot be read.
     """
-    tree, folders = _tree(request)
+    tree, folders = picture_tree(Path(request.argument))
     by_split, how = _splits(tree, request)
     depth = 1 if how == BY_CLASS else 2
     with_images = {path.parts[:depth] for path in tree}
@@ -213,12 +213,11 @@ def _readable_ones(
     return kept, kept_labels, skipped
 
 
-def _tree(request: Request) -> tuple[dict[PurePosixPath, EncodedImage], set[PurePosixPath]]:
-    """Every image below the root, by its path from there, sorted, and every folder; those around the whole tree are
-    passed over."""
+def picture_tree(root: Path) -> tuple[dict[PurePosixPath, EncodedImage], set[PurePosixPath]]:
+    """Every image below the root, a folder or a .tar, by its path from there, sorted, and every folder; those around
+    the whole tree are passed over. ValueError if there is no image."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    root = Path(request.argument)
     if not root.exists():
         raise ValueError(f"{str(root)!r} does not exist; give a folder, or a .tar, that holds a folder per class.")
     found: dict[PurePosixPath, EncodedImage] = {}

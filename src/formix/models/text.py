@@ -244,6 +244,14 @@ _LAYERS = {
 }  # the path of a family's layers
 
 
+def task_of(model: Any) -> str:
+    """What a model of formix's is for, in the words of `FAMILIES`, or "image-classification"; a regression is a
+    classification."""
+    if not hasattr(model, "config") or model.config.model_type == "formix_cvt":
+        return "image-classification"
+    return next(task for _, kinds in FAMILIES.values() for task, kind in kinds.items() if type(model) is kind)
+
+
 def positions(config: Any) -> int | None:
     """How many tokens a model, formix's or transformers', has positions for; None: any number, by rotation, or none.
     RoBERTa's follow the padding's."""

@@ -27,7 +27,7 @@ def describe_data(model: Any, data: Data) -> None:
 def save_with_inputs(model: nn.Module, directory: str | Path, data: Data) -> None:
     """`formix.save`, and beside the weights of a model of transformers' its tokenizer or image processor.
 
-    Models that read bytes get a tokenizer too (`byte_tokenizer`). Every tokenizer cuts what is longer than the training's
+    Models that read bytes get a tokenizer too (`byte_tokenizer`). Every tokenizer cuts at the length of the training's
     sequences.
     """
     save(model, directory)
