@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -216,3 +217,20 @@ def test_help_lists_the_verbs(capsys):
     assert main(["--help"]) == 0
     assert "compare" in capsys.readouterr().out
     assert main([]) == 2
+
+
+HELPFUL = [
+    "compare", "convert", "train", "eval", "predict", "analyze",
+    *(f"bench {name}" for name in ("attention", "block", "model", "converted", "targets")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", HELPFUL)
+def test_help_explains_every_flag(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # a line for each
+    with pytest.raises(SystemExit, match="0"):
+        main([*verb.split(), "--help"])
+    entries = [e.split("(type: ")[0] for e in capsys.readouterr().out.split("\n  --") if "(type: " in e]
+    assert len(entries) >= 2
+    silent = [entry for entry in entries if not re.sub(r"^\S+ \S+(, --\S+ \S+)*", "", entry).strip()]
+    assert silent == []

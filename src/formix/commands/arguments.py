@@ -10,6 +10,7 @@ import types
 from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from formix.commands.comments import comments
 from formix.design import split_outside_brackets
 
 
@@ -41,6 +42,9 @@ def _parsed(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
     for config_class in config_classes:
         parser.add_class_arguments(config_class)
+    if {"-h", "--help"} & set(flags):
+        for action in parser._actions:
+            action.help = action.help or _explanation(action.dest, config_classes)
     switches = {
         field.name
         for config_class in config_classes
@@ -54,6 +58,14 @@ def _parsed(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[
     except UnicodeDecodeError as error:
         raise ValueError(f"the file is no UTF-8 text ({error}).") from None
     return [_build(config_class, values) for config_class in config_classes]
+
+
+def _explanation(key: str, config_classes: Sequence[Any]) -> str | None:
+    """The comment that stands beside a field, for --help."""
+    group, _, name = key.rpartition(".")
+    kinds = [_kind_of(config_class, group) for config_class in config_classes] if group else config_classes
+    found = {k: text for kind in kinds if dataclasses.is_dataclass(kind) for k, text in comments(kind).items()}  # type: ignore[arg-type]
+    return found.get(name, "").replace("%", "%%") or None
 
 
 @functools.cache

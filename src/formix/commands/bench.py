@@ -97,7 +97,7 @@ class TargetsBench(_Common):
     """Measure what the CPU kernels are meant to reach, and say which targets they meet."""
 
     targets: str = "1,2,3,4,5,6,7,8"  # numbers of the targets, with commas
-    seconds: float = 0.4
+    seconds: float = 0.4  # for a case in one repetition, one round at least
 
 
 BENCHES = {

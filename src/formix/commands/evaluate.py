@@ -26,7 +26,7 @@ class EvalConfig:
 
     model: str  # a training run's directory, or one that formix saved a model in
     data: str | None = None  # a name of `formix data`
-    split: Literal["test", "validation", "train"] = "test"
+    split: Literal["test", "validation", "train"] = "test"  # which part of the data
     batch_size: int = 256  # samples at a time
     task: Literal["masked-lm"] | None = None  # None: what the data are for
     mask_probability: float | None = None  # of masked-lm
@@ -34,7 +34,7 @@ class EvalConfig:
     tokenizer: str | None = None  # a transformers tokenizer directory
     img_size: int | None = None  # side that images of folders are scaled to
     validation_fraction: float | None = None  # as in the training, so that the splits are the same
-    test_fraction: float | None = None
+    test_fraction: float | None = None  # likewise, where the data have no test split
     limit: int | None = None  # most training samples (bytes of text)
     on_bad_sample: Literal["refuse", "skip"] | None = (
         None  # of images in files: one that cannot be read is an error, or is left out
