@@ -70,6 +70,21 @@ def test_the_share_of_right_answers_is_the_accuracy_that_eval_prints(on_pictures
     assert np.mean(right) == pytest.approx(accuracy)
 
 
+def test_other_pictures_are_normalised_as_those_of_the_training(on_pictures, pictures, tmp_path, capsys):
+    for file in pictures.rglob("*.png"):  # half as bright
+        place = tmp_path / "dark" / file.relative_to(pictures)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(Image.open(file)) // 2).save(place)
+    capsys.readouterr()
+    assert main(["predict", str(on_pictures), str(tmp_path / "dark"), "--json", "--top=1"]) == 0
+    right = [one["labels"][0] == Path(one["input"]).parent.name for one in lines(capsys)]
+    (tmp_path / "dark" / "train").rename(tmp_path / "dark" / "val")
+    (tmp_path / "dark" / "train").symlink_to(pictures / "train")
+    for directory in (on_pictures, on_pictures / "model"):
+        assert main(["eval", str(directory), f"--data=folder:{tmp_path / 'dark'}", "--json"]) == 0
+        assert lines(capsys)[0]["value"] == pytest.approx(np.mean(right))
+
+
 def test_the_scores_are_those_of_the_prepared_pixels(on_pictures, pictures, capsys):
     data = load_data(f"folder:{pictures}", img_size=32)
     model = formix.load(on_pictures / "model")

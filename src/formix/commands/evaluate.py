@@ -58,8 +58,8 @@ def evaluate(arguments: list[str]) -> int:
     model = load(directory)
     job = _job(config, trained, model)
     data = job.load_data()
-    converted_alone = not trained and getattr(model, "conversion_record", None) is not None
-    if converted_alone and data.task == "image-classification":
+    own_data = bool(trained) and job.data == trained["data"]
+    if data.in_chans in (1, getattr(model, "in_chans", 3)) and not own_data and _knows_statistics(model):
         data = normalised_for(model, data)
     _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
     value = measure(model, data, config.split, batch_size=config.batch_size)
@@ -124,6 +124,14 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
         )
     check_length(model, config.sequence_length or 0)
     return JobConfig(**settings)
+
+
+def _knows_statistics(model: Any) -> bool:
+    """Whether the statistics in a model's config are those that its weights were trained with: of a model that formix
+    trained or converted. Any other has timm's, whatever its training did."""
+    from formix.models.inputs import label_names
+
+    return getattr(model, "conversion_record", None) is not None or label_names(model) is not None
 
 
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from formix.data import Data, collate
 from formix.data.base import SPLITS
 from formix.data.images import ImageDataset
+from formix.models.inputs import image_inputs
 from formix.training.loop import autocast_dtype
 
 PENALTIES = (0.01, 0.1, 1.0)  # scikit-learn's C, tried on the validation split
@@ -81,7 +82,7 @@ def image_features(model: Any, dataset: Dataset, *, batch_size: int = 64, precis
 
 def normalised_for(model: Any, data: Data) -> Data:
     """The data under the statistics that the model's weights were trained with, if its config says which."""
-    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    cfg = image_inputs(model)
     if "mean" not in cfg or "std" not in cfg:
         return data
     splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}

@@ -20,7 +20,7 @@ def image_inputs(model: Any) -> dict[str, Any]:
     """The fields for a model, formix's or its source; of one of transformers' those of the image processor beside it,
     none if there is none."""
     if not hasattr(model, "pretrained_cfg"):
-        return _of_processor(model.name_or_path)
+        return _of_processor(getattr(model, "name_or_path", ""))
     cfg = dict(model.pretrained_cfg)
     return {k: cfg[k] for k in FIELDS if cfg.get(k) is not None}
 
