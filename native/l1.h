@@ -4,9 +4,12 @@
 // scaled by c and applied to Q. Everything is summed in fp32; where there are bf16 instructions, c K^T V is rounded to bf16
 // for the second product of bf16 inputs.
 //
-// With M = K^T V, G = Q^T dO and C = diag(c), the gradients are
-//   dQ = dO M^T C + sign(Q) diag(u),  dK = V G^T C + sign(K) diag(w),  dV = K C G,
-//   u_j = -c_j (G M^T)_jj / |q_:j|_1,  w_j likewise with k; zero where eps is larger than the norm.
+// With c_j = a_j b_j (a of the queries, b of the keys), M = diag(b) K^T V and G = diag(a) Q^T dO, the gradients are
+//   dQ = dO M^T diag(a) + sign(Q) diag(u),  dK = V G^T diag(b) + sign(K) diag(w),  dV = K diag(b) G,
+//   u_j = -(G M^T)_jj / |q_:j|_1,  w_j likewise with k; zero where eps is larger than the norm.
+//
+// K^T V and Q^T dO may leave fp32's range where M and G are far from it. They are then summed once more, with every channel
+// of K or Q times a power of two that its norm gives, which rounds nothing.
 #pragma once
 #include <stdlib.h>
 
@@ -27,8 +30,9 @@ template <class T> struct L1Task {  // one (batch, head)
   const long b, h;
   const int D, Dv, Dp, Dvp;  // ..p: padded to vectors
   Padding keys, queries;
-  // Sums over tokens, of one part of them or all.
-  float *q_norm, *k_norm, *M, *G;  // [Dp], [Dp], [D][Dvp], [D][Dvp]
+  // Sums over tokens, of one part of them or all. Times the powers of two of k (M) and q (G) if the first number is not 0.
+  float *shrunk_M, *shrunk_G;      // one each
+  float *q_norm, *k_norm, *M, *G;  // [Dp], [Dp], [D][Dvp], [D][Dvp]: K^T V and Q^T dO
   // Products: what follows from them.
   unit *CM, *CG, *MtC, *GtC;  // [units of D][Dvp] twice, [units of Dv][Dp] twice
   float *u, *w;               // [Dp], [Dp]
@@ -41,7 +45,7 @@ template <class T> struct L1Task {  // one (batch, head)
   // What the forward does not need comes last.
   static long sums_size(const FormixL1 &p, bool backward) {
     const long matrix = p.D * round_up(p.Dv, W);
-    return round_up((backward ? 2 : 1) * matrix + 2 * round_up(p.D, W), 16);
+    return round_up(16 + (backward ? 2 : 1) * matrix + 2 * round_up(p.D, W), 16);
   }
   static long products_size(const FormixL1 &p, bool backward) {
     const long Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
@@ -55,7 +59,7 @@ template <class T> struct L1Task {  // one (batch, head)
       : p(p), b(b), h(h), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {
     if (p.mask.data) keys = {p.mask.data + b * p.mask.batch, p.mask.key};
     if (p.mask_queries) queries = keys;
-    q_norm = sums, k_norm = q_norm + Dp, M = k_norm + Dp, G = M + D * Dvp;
+    shrunk_M = sums, shrunk_G = sums + 1, q_norm = sums + 16, k_norm = q_norm + Dp, M = k_norm + Dp, G = M + D * Dvp;
     CM = (unit *)products, CG = CM + D * Dvp, MtC = CG + D * Dvp, GtC = MtC + Dv * Dp;
     u = (float *)(GtC + Dv * Dp), w = u + Dp;
     left = (unit *)memory, right = left + TOKENS * LDA, rows = memory + 2 * TOKENS * LDA, values = rows + TOKENS * LDA;
@@ -136,6 +140,71 @@ template <class T> struct L1Task {  // one (batch, head)
       }
   }
 
+  // A power of two that makes a norm above 1 at most 1; of an infinite one it is the smallest normal number.
+  static float power_of(float norm) {
+    uint32_t bits;
+    memcpy(&bits, &norm, 4);
+    bits = (uint32_t)greatest(1, 253 - (int)(bits >> 23)) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return norm > 1 ? power : 1;
+  }
+  // to[j] = 1 / max(|x_:j|_1, eps), over the power of two that the channel has been multiplied by
+  void factors(const float *norm, bool shrunk, float *to) const {
+    const vf eps = splat((float)p.eps);
+    for (int d = 0; d < Dp; d += W) store(to + d, 1.0f / vmax(eps, load(norm + d)));
+    for (int j = 0; shrunk && j < D; j++) to[j] = 1.0f / (greatest((float)p.eps, norm[j]) * power_of(norm[j]));
+  }
+  static bool any(vi condition) {
+    int any = 0;
+    for (int i = 0; i < W; i++) any |= condition[i];
+    return any;
+  }
+  // Is 1 / norm next to fp32's subnormal numbers, which bf16 instructions take for 0?
+  bool large(const float *norm) const {
+    vi above = vi{};
+    for (int d = 0; d < Dp; d += W) above |= (vi)(load(norm + d) > 0x1p64f);
+    return any(above);
+  }
+  bool finite(const float *product) const {
+    const vu infinite = vu{} + 0x7f800000u;
+    vi not_finite[2] = {};
+    for (long i = 0; i < D * Dvp; i += W) not_finite[i / W & 1] |= (vi)(((vu)load(product + i) & infinite) == infinite);
+    return !any(not_finite[0] | not_finite[1]);
+  }
+  // Every channel in `left` times its power of two. Rows of `left` hold `side` elements of a channel side by side.
+  void shrink(int rows, int side, const float *norm) const {
+    for (int i = 0; i < rows; i++)
+      for (int d = 0; d < D; d++)
+        for (int s = 0; s < side; s++)
+          if constexpr (pairs) {
+            char *at = (char *)(left + i * LDA) + 2 * (d * side + s);
+            uint32_t bits = 0;
+            memcpy((char *)&bits + 2, at, 2);
+            float value;
+            memcpy(&value, &bits, 4);
+            value *= power_of(norm[d]);
+            memcpy(at, (char *)&value + 2, 2);
+          } else {
+            left[i * LDA + d] *= power_of(norm[d]);
+          }
+  }
+  // If the product X^T Y is not finite it is formed from all tokens anew, with the channels of X times their powers of two.
+  void sum_again(const FormixTensor &x, const FormixTensor &y, long tokens, const Padding &padding, const float *norm,
+                 float *product, float *shrunk) const {
+    if (finite(product)) return;
+    memset(product, 0, sizeof(float) * D * Dvp);
+    Ahead nothing;
+    for (long i = 0; i < tokens; i += TOKENS) {
+      const int n = least((long)TOKENS, tokens - i);
+      read_columns(x, i, n, D, padding, left);
+      shrink((n + T::per_unit - 1) / T::per_unit, T::per_unit, norm);
+      read_columns(y, i, n, Dv, padding, right);
+      add_outer(D, Dv, n, product, nothing);
+    }
+    *shrunk = 1;
+  }
+
   // Adds query tokens q0 .. q1 and key tokens k0 .. k1 to the sums.
   void sum(long q0, long q1, long k0, long k1, bool backward, Ahead &ahead) const {
     for (long i = k0; i < k1; i += TOKENS) {
@@ -158,34 +227,47 @@ template <class T> struct L1Task {  // one (batch, head)
     }
   }
 
-  // c, then the small matrices that the tokens are multiplied by.
+  // Of all tokens.
+  void check_sums(bool backward) const {
+    sum_again(p.k, p.v, p.Nk, keys, k_norm, M, shrunk_M);
+    if (backward) sum_again(p.q, p.grad_out, p.Nq, queries, q_norm, G, shrunk_G);
+  }
+
+  // The small matrices that the tokens are multiplied by.
   void scale_sums(bool backward) const {
-    const float eps = (float)p.eps;
-    alignas(64) float c[256], dot[256];
-    for (int j = 0; j < D; j++) {
-      c[j] = 1.0f / (greatest(eps, q_norm[j]) * greatest(eps, k_norm[j]));
-      if (!backward) continue;
-      float sum = 0;
-      for (int d = 0; d < Dv; d++) sum += M[j * Dvp + d] * G[j * Dvp + d];
-      dot[j] = sum;
-    }
-    auto scale_into = [&](const float *from, unit *to) {  // C X
+    alignas(64) float M_scale[256], G_scale[256], q_scale[256], k_scale[256], dot[256];
+    factors(k_norm, *shrunk_M, M_scale);  // K^T V -> M
+    auto scale_into = [&](const float *from, const float *first, const float *second, unit *to) {
       for (int j = 0; j < D; j++)
-        for (int d = 0; d < Dvp; d += W) store(scaled + j * Dvp + d, load(from + j * Dvp + d) * c[j]);
+        for (int d = 0; d < Dvp; d += W) store(scaled + j * Dvp + d, load(from + j * Dvp + d) * first[j] * second[j]);
       pack_matrix<T>(scaled, D, Dvp, to);
     };
-    auto transpose_into = [&](const float *from, unit *to) {  // X^T C
+    auto transpose_into = [&](const float *from, const float *first, const float *second, unit *to) {
       for (int d = 0; d < Dv; d++)
-        for (int j = 0; j < Dp; j++) scaled[d * Dp + j] = j < D ? from[j * Dvp + d] * c[j] : 0.0f;
+        for (int j = 0; j < Dp; j++) scaled[d * Dp + j] = j < D ? from[j * Dvp + d] * first[j] * second[j] : 0.0f;
       pack_matrix<T>(scaled, Dv, Dp, to);
     };
-    if (!backward) return scale_into(M, CM);
-    scale_into(G, CG);
-    transpose_into(M, MtC);
-    transpose_into(G, GtC);
+    if (!backward) {
+      factors(q_norm, large(q_norm), q_scale);
+      return scale_into(M, M_scale, q_scale, CM);
+    }
+    factors(q_norm, *shrunk_G, G_scale);  // Q^T dO -> G
+    factors(k_norm, large(k_norm), k_scale);
+    scale_into(G, G_scale, k_scale, CG);
+    factors(q_norm, false, q_scale), factors(k_norm, false, k_scale);
+    transpose_into(M, M_scale, q_scale, MtC);
+    transpose_into(G, G_scale, k_scale, GtC);
+    for (int j = 0; j < D; j++) {
+      vf sum = vf{};
+      for (int d = 0; d < Dvp; d += W)
+        sum += (load(M + j * Dvp + d) * M_scale[j]) * (load(G + j * Dvp + d) * G_scale[j]);
+      dot[j] = 0;
+      for (int i = 0; i < W; i++) dot[j] += sum[i];
+    }
+    const float eps = (float)p.eps;
     for (int j = 0; j < Dp; j++) {
-      u[j] = j >= D || q_norm[j] < eps ? 0.0f : -c[j] * dot[j] / q_norm[j];
-      w[j] = j >= D || k_norm[j] < eps ? 0.0f : -c[j] * dot[j] / k_norm[j];
+      u[j] = j >= D || q_norm[j] < eps ? 0.0f : -dot[j] / q_norm[j];
+      w[j] = j >= D || k_norm[j] < eps ? 0.0f : -dot[j] / k_norm[j];
     }
   }
 
@@ -202,9 +284,11 @@ template <class T> struct L1Task {  // one (batch, head)
   }
 
   void forward(long q0, long q1) const {
+    const bool shrunk = large(q_norm);
     for (long i = q0; i < q1; i += TOKENS) {
       const int n = least((long)TOKENS, q1 - i);
       read_rows(p.q, i, n, D, left);
+      if (shrunk) shrink(n, 1, q_norm);
       if (p.type == FORMIX_F32 && Dv % W == 0 && !queries.tokens) {  // straight to where it belongs
         multiply(n, D, CM, Dv, (float *)row_of(p.out, p.type, b, h, i), p.out.token, prefetch(p.out, i, q1, Dv));
         continue;
@@ -221,9 +305,11 @@ template <class T> struct L1Task {  // one (batch, head)
       add_sign(p.q, i, n, u);
       write(p.grad_q, i, n, D, queries);
     }
+    const bool shrunk = large(k_norm);
     for (long i = k0; i < k1; i += TOKENS) {
       const int n = least((long)TOKENS, k1 - i);
       read_rows(p.k, i, n, D, left);
+      if (shrunk) shrink(n, 1, k_norm);
       multiply(n, D, CG, Dv, rows, LDA, prefetch(p.grad_v, i, k1, Dv));
       write(p.grad_v, i, n, Dv, keys);
       read_rows(p.v, i, n, Dv, left);
@@ -288,6 +374,9 @@ template <class T> struct L1Work {
         task(h).sum(at(q0, q1, i), at(q0, q1, i + chunk), at(k0, k1, i), at(k0, k1, i + chunk), backward, rows);
     }
   }
+  void check() const {
+    for (long h = h0; h < h1; h++) task(h).check_sums(backward);
+  }
   void apply() const {
     for (long h = h0; h < h1; h++) task(h).scale_sums(backward);
     for (long i = 0; i < chunks() * chunk; i += chunk)
@@ -330,13 +419,15 @@ template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
       const long next = work.b + (at_once > 1 ? 1 : p.threads);  // as a rule
       if (parts == 1 && groups == 1 && next < p.B) work.next_b = next;
       work.sum();
-      if (parts == 1) work.apply();
+      if (parts == 1) work.check(), work.apply();
     }
     if (parts > 1) {
 #pragma omp for schedule(dynamic, 1)
-      for (long first = 0; first < tasks; first += parts)  // add the parts up in the first one
+      for (long first = 0; first < tasks; first += parts) {  // add the parts up in the first one
         for (long i = 0; i < sums_size; i++)
           for (long part = 1; part < parts; part++) sums[first * sums_size + i] += sums[(first + part) * sums_size + i];
+        if (memory) work_of(first).check();
+      }
 #pragma omp for schedule(dynamic, 1)
       for (long task = 0; task < tasks; task++) {
         if (!memory) continue;

@@ -214,6 +214,60 @@ def test_l1_zero_channel(isa):
     check(native.l1_attention, l1, [q, k, v], 1e-5)
 
 
+# Sizes of queries, keys, values and the output's gradient; products of them over the tokens leave float32's range.
+LARGE = {
+    "keys_and_values": (1, 1e20, 1e30, 1),
+    "queries_and_keys": (1e30, 1e30, 1e3, 1),
+    "queries_and_the_gradient": (1e25, 1, 1, 1e20),
+    "everything": (1e30, 1e30, 1e10, 1e10),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("sizes", LARGE)
+def test_l1_of_large_numbers(isa, threads, sizes, dtype):
+    for shape in ({"n": 50, "d": 24}, {"b": 1, "n": 1100, "d": 24, "dv": 9}):
+        for masked in (False, True):
+            factors = LARGE[sizes]
+            x = [(x * size).requires_grad_() for x, size in zip(qkv(**shape, dtype=dtype), factors, strict=False)]
+            exact = [t.detach().double().requires_grad_() for t in x]
+            mask = bits(x[0].shape[0], x[0].shape[2]) if masked else None
+            out = native.l1_attention(*x, key_padding_mask=mask)
+            expected = l1(*exact, key_padding_mask=mask)
+            grad = torch.randn_like(out) * factors[3]
+            actual = torch.autograd.grad(out, x, grad)
+            wanted = torch.autograd.grad(expected, exact, grad.double())
+            names = ("output", "gradient of query", "gradient of key", "gradient of value")
+            for name, a, e in zip(names, (out, *actual), (expected, *wanted), strict=True):
+                close(a, e, 3 * TOLERANCE[dtype], name, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_l1_at_the_end_of_the_range(isa, dtype):
+    """A norm of 2e38 is all of one token; its reciprocal is subnormal."""
+    q, k, v = qkv(b=1, h=1, n=50, d=24, dtype=dtype)
+    q[:, :, 1], k[:, :, 2] = 2e38, -2e38
+    expected = l1(q.double(), k.double(), v.double())
+    close(native.l1_attention(q, k, v), expected, TOLERANCE[dtype], floor=0)
+    grad = torch.randn_like(v)
+    (actual,) = torch.autograd.grad(native.l1_attention(q, k, v.requires_grad_()), v, grad)
+    exact = v.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(l1(q.double(), k.double(), exact), exact, grad.double())
+    close(actual, wanted, TOLERANCE[dtype], floor=0)
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan])
+def test_l1_of_infinite_numbers(isa, number):
+    for which in range(3):
+        x = qkv(b=1, h=2, n=20, d=8)
+        x[which] = x[which].clone()
+        x[which][0, 0, 3, 2] = number
+        out, expected = native.l1_attention(*x), l1_attention(*x, impl="reference")
+        assert not out[0, 0].isfinite().all()
+        torch.testing.assert_close(out.isfinite(), expected.isfinite())
+        close(out[0, 1], expected[0, 1], 1e-5)
+
+
 def test_inputs_are_not_copied_and_output_is_in_token_order(isa):
     q, k, v = qkv(b=2, h=3, n=10, d=16)
     for out in (native.pointwise_attention(q, k, v), native.l1_attention(q, k, v)):

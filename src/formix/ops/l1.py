@@ -37,7 +37,8 @@ def l1_attention(
         order: "qk_v" forms the Nq x Nk weights; "q_kv" the D x Dv product K^^T V; "fused" is the second with both
             norms folded into one factor per channel, Q diag(c) (K^T V); "auto" takes "qk_v" when it is the cheaper
             one (few tokens, wide heads) and "fused" otherwise. They differ by rounding only.
-        eps: lower bound of every norm; a channel of zeros stays zero.
+        eps: lower bound of every norm; a channel of zeros stays zero. A norm above float32's range (3.4e38) is
+            infinite there, and its channel adds nothing.
         impl: "auto", "reference", "native" or "triton". The native kernels know the fused order only.
 
     Returns:
