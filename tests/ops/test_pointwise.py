@@ -265,6 +265,7 @@ REFUSED = {
     "activation_list": ((Q, K, V), {"activation": ["relu"]}, "activation is"),
     "scale_nan": ((Q, K, V), {"scale": float("nan")}, "scale is nan"),
     "scale_tensor": ((Q, K, V), {"scale": torch.ones(())}, "scale is tensor.* must be a number"),
+    "causal_word": ((Q, K, V), {"is_causal": "yes"}, "is_causal is 'yes'"),
     "impl": ((Q, K, V), {"impl": "fast"}, "impl is 'fast'"),
 }
 

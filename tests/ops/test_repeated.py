@@ -178,6 +178,28 @@ def test_batched_gradients_and_gradients_without_memory(name, short):
     assert short() == 5
 
 
+REFUSED = {
+    "length": (1, (True, 1.0)),
+    "length_exponent": (1.0, (True,)),
+    "scale": (1.0, (True,)),
+    "dropout_p": (0.0, (False,)),
+    "eps": (1.0, (True,)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_equals_a_kept_option_is_refused_as_on_the_first_call(name, short):
+    qkv = inputs()
+    call = l1_attention if name == "eps" else pointwise_attention
+    taken, refused = REFUSED[name]
+    for _ in range(2):
+        call(*qkv, **{name: taken})
+        for value in refused:
+            with pytest.raises(ValueError, match=f"{name} is {value}"):
+                call(*qkv, **{name: value})
+    assert short() == 1
+
+
 def test_gradients_of_gradients(short):
     qkv = [x.detach().requires_grad_() for x in inputs()]
 

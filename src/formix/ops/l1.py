@@ -47,7 +47,9 @@ def l1_attention(
     Raises:
         ValueError: shapes, dtypes, a float mask, an unknown order, or an `impl` that cannot run this call.
     """
-    signature = repeated.signature("l1_attention", query, key, value, key_padding_mask, (order, eps, impl))
+    signature = repeated.signature(
+        "l1_attention", query, key, value, key_padding_mask, (order, eps, eps.__class__, impl)
+    )
     if signature is not None and (out := repeated.run(signature, query, key, value, key_padding_mask)) is not None:
         return out
     query, key, value = autocast_inputs(query, key, value)

@@ -79,7 +79,10 @@ def pointwise_attention(
     Raises:
         ValueError: shapes, dtypes, a float mask, an unknown name, or an `impl` that cannot run this call.
     """
-    given = (activation, length_exponent, length, is_causal, scale, enable_gqa, dropout_p, impl)
+    given = (
+        activation, length_exponent, length, is_causal, scale, enable_gqa, dropout_p, impl,
+        length_exponent.__class__, length.__class__, scale.__class__, dropout_p.__class__,  # 1, 1.0 and True are equal
+    )  # fmt: skip
     signature = None
     if attn_bias is None:  # which the kernels do not know
         signature = repeated.signature("pointwise_attention", query, key, value, attn_mask, given)
@@ -90,7 +93,7 @@ def pointwise_attention(
     check_attn_mask(attn_mask, query, key)
     if attn_bias is not None:
         _check_bias(attn_bias, query, key)
-    _check_options(activation, length_exponent, length, dropout_p)
+    _check_options(activation, length_exponent, length, is_causal, dropout_p)
     if scale is not None:
         check_number("scale", scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -163,7 +166,9 @@ def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"attn_bias has shape {list(bias.shape)}; it must broadcast to {target}.")
 
 
-def _check_options(activation: str, length_exponent: float, length: int | None, dropout_p: float) -> None:
+def _check_options(
+    activation: str, length_exponent: float, length: int | None, is_causal: bool, dropout_p: float
+) -> None:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}.")
     check_number("length_exponent", length_exponent, low=0)
@@ -174,4 +179,6 @@ def _check_options(activation: str, length_exponent: float, length: int | None, 
         )
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | torch.SymInt) or length < 1):
         raise ValueError(f"length is {length!r}; it must be None or a positive whole number of keys.")
+    if is_causal not in (True, False):
+        raise ValueError(f"is_causal is {is_causal!r}; it must be True or False.")
     check_number("dropout_p", dropout_p, low=0, below=1)

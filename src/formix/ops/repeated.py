@@ -114,7 +114,8 @@ _kept: dict[Hashable, _Calls] = {}
 def signature(
     name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
 ) -> Hashable | None:
-    """All that a call depends on except its tensors; None if it has to take the long way, because autocast has
+    """All that a call depends on except its tensors; among `options` the types of those whose equals (1, 1.0 and True)
+    are no such options. None if it has to take the long way, because autocast has
     something to cast or a transform, a mode, a tracer or a profiler wants to know of it."""
     if _observed() or not (type(query) is type(key) is type(value) is Tensor):
         return None
@@ -134,10 +135,10 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def _observed() -> bool:
-    return bool(
+    return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
