@@ -233,6 +233,18 @@ def test_skip_heads_read_the_source(case):
     close(layer(x), by_hand(layer, x, operator), 1e-10, "without a source")
 
 
+@pytest.mark.parametrize("mixer", [Softmax(), Pointwise(), Pointwise(qk_norm=True)], ids=["softmax", "relu", "qk_norm"])
+def test_autocast_casts_the_source_too(mixer):
+    layer = randomised(Attention(DIM, HEADS, mixer=mixer, skip_heads=(0, 2))).float()
+    x, source = torch.randn(2, 7, DIM), torch.randn(2, 2, HEADS, 7, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, source_kv=(source[0], source[1]))
+        mixed = layer(x, source_kv=(source[0].bfloat16(), source[1]))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, mixed)
+    close(out, layer(x, source_kv=(source[0], source[1])), 3e-2)
+
+
 def test_refused():
     with pytest.raises(ValueError, match="num_heads is 5; it must divide dim, which is 24"):
         Attention(24, 5)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from formix.design import GatedUnit, Mixer, Sima, Softmax
 from formix.layers.attend import attend
 from formix.ops import select_heads
+from formix.ops.masks import autocast_inputs
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda g: g, "silu": F.silu, "sigmoid": F.sigmoid}
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each [B, H, N, D]
@@ -102,8 +103,9 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in parts)  # each [B, H, N, D]
         q, k = self.q_norm(q), self.k_norm(k)
         own = (k, v)
-        if source_kv is not None and self.skip_heads:
-            k, v = (select_heads(a, s, self.skip_heads) for a, s in zip(own, source_kv, strict=True))
+        if source_kv is not None and self.skip_heads:  # in one type: autocast computes norms of keys in float32
+            q, k, v, *source = autocast_inputs(q, k, v, *source_kv)
+            k, v = (select_heads(a, s, self.skip_heads) for a, s in zip((k, v), source, strict=True))
         dropout_p = self.attn_drop.p if self.training else 0.0
         out = attend(self.mixer, q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p)
         out = self.norm(out.transpose(1, 2).reshape(b, n, self.attn_dim))  # [B, N, H D]
