@@ -200,6 +200,13 @@ REFUSED = {
     "mask_list": ((X, X, X), {"key_padding_mask": [True]}, "key_padding_mask is a list"),
     "two_dtypes": ((X, X.half(), X), {}, "must be the same"),
     "heads": ((X, X[:, :1], X[:, :1]), {}, "3 heads, key 1"),
+    "sparse": ((X, X.to_sparse(), X), {}, r"key has layout torch\.sparse_coo; .* to_dense"),
+    "mkldnn": ((X.to_mkldnn(), X, X), {}, r"query has layout torch\._mkldnn"),
+    "sparse_mask": (
+        (X, X, X),
+        {"key_padding_mask": torch.ones(2, 5).bool().to_sparse()},
+        "key_padding_mask has layout",
+    ),
     "impl": ((X, X, X), {"impl": "fast"}, "impl is 'fast'"),
 }
 

@@ -266,6 +266,10 @@ REFUSED = {
     "scale_nan": ((Q, K, V), {"scale": float("nan")}, "scale is nan"),
     "scale_tensor": ((Q, K, V), {"scale": torch.ones(())}, "scale is tensor.* must be a number"),
     "causal_word": ((Q, K, V), {"is_causal": "yes"}, "is_causal is 'yes'"),
+    "sparse": ((Q.to_sparse(), K, V), {}, r"query has layout torch\.sparse_coo; .* to_dense"),
+    "mkldnn": ((Q, K, V.to_mkldnn()), {}, r"value has layout torch\._mkldnn"),
+    "sparse_mask": ((Q, K, V), {"attn_mask": torch.eye(5, 6).bool().to_sparse()}, "attn_mask has layout"),
+    "sparse_bias": ((Q, K, V), {"attn_bias": torch.eye(5, 6).to_sparse()}, "attn_bias has layout"),
     "impl": ((Q, K, V), {"impl": "fast"}, "impl is 'fast'"),
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from formix.ops import repeated
-from formix.ops.masks import autocast_inputs, check_number, check_qkv, without_autocast
+from formix.ops.masks import autocast_inputs, check_layout, check_number, check_qkv, without_autocast
 from formix.ops.registry import NO_KERNELS, choose, native_module
 
 ORDERS = ("auto", "qk_v", "q_kv", "fused")
@@ -108,6 +108,7 @@ def _check_padding(mask: Tensor | None, key: Tensor) -> None:
         raise ValueError(f"key_padding_mask is a {type(mask).__name__}; pass a boolean tensor, True = a token.")
     if mask.dtype != torch.bool:
         raise ValueError(f"key_padding_mask has dtype {mask.dtype}; pass a boolean mask, True = a token.")
+    check_layout("key_padding_mask", mask)
     if mask.shape != (key.shape[0], key.shape[2]):
         raise ValueError(
             f"key_padding_mask has shape {list(mask.shape)}; it must be [B, Nk] = {[key.shape[0], key.shape[2]]}."

@@ -46,6 +46,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool | N
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; it must be a tensor of shape [B, H, N, D].")
+        check_layout(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}; it must have 4 dimensions, [B, H, N, D].")
         if x.dtype not in DTYPES:
@@ -72,6 +73,13 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool | N
         raise ValueError(f"query has {h} heads, key {key.shape[1]}; {remedy}.")
     if key.shape[1] == 0 or h % key.shape[1]:
         raise ValueError(f"query has {h} heads, key {key.shape[1]}; the first must be a multiple of the second.")
+
+
+def check_layout(name: str, x: Tensor) -> None:
+    """Raise `ValueError` for a tensor whose numbers do not lie in memory by strides: sparse, mkldnn's, nested."""
+    if x.layout != torch.strided:
+        dense = "to_padded_tensor(0.0) and a mask" if x.is_nested else "to_dense()"
+        raise ValueError(f"{name} has layout {x.layout}; it must be dense, torch.strided: use {dense}.")
 
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, below: float = math.inf) -> None:
@@ -104,6 +112,7 @@ def check_attn_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor, *, add
             f"attn_mask has dtype {attn_mask.dtype}; without a softmax an additive mask has no meaning. "
             "Pass a boolean mask, True = attend."
         )
+    check_layout("attn_mask", attn_mask)
     target = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     try:
         fits = torch.broadcast_shapes(attn_mask.shape, target) == torch.Size(target)

@@ -12,6 +12,7 @@ from formix.ops import repeated
 from formix.ops.masks import (
     autocast_inputs,
     check_attn_mask,
+    check_layout,
     check_number,
     check_qkv,
     repeat_heads,
@@ -162,6 +163,7 @@ def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> None:
     target = [*query.shape[:3], key.shape[2]]
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         raise ValueError(f"attn_bias is {bias!r}; pass a floating-point tensor that broadcasts to {target}.")
+    check_layout("attn_bias", bias)
     if bias.dim() > 4 or any(n not in (1, t) for n, t in zip(bias.shape[::-1], target[::-1], strict=False)):
         raise ValueError(f"attn_bias has shape {list(bias.shape)}; it must broadcast to {target}.")
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formix.ops.masks import autocast_inputs, causal_mask, check_attn_mask, check_number, check_qkv
+from formix.ops.masks import autocast_inputs, causal_mask, check_attn_mask, check_layout, check_number, check_qkv
 from formix.ops.pointwise import pointwise_attention
 
 MIXERS = ("softmax", "pointwise")
@@ -93,6 +93,7 @@ def select_heads(own: Tensor, source: Tensor, skip_heads: int | Sequence[int]) -
             f"This layer's keys or values are {list(own.shape)} in {own.dtype}, the source layer's {theirs}; "
             "they must agree."
         )
+    check_layout("The source layer's keys or values", source)
     h = own.shape[1]
     heads = _heads(skip_heads)
     out_of_range = (isinstance(skip_heads, int) and skip_heads < 0) or any(i not in range(h) for i in heads)
