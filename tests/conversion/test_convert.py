@@ -355,6 +355,14 @@ def _offloaded() -> nn.Module:
     return accelerate.cpu_offload(make("vit").float(), torch.device("cpu"))
 
 
+def _mixed() -> nn.Module:
+    model = make("vit").bfloat16()
+    for part in model.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.float()
+    return model
+
+
 def _quantised() -> nn.Module:
     model = make("bert").float()
     model.config.quantization_config = {"bits": 4}
@@ -372,6 +380,7 @@ def _quantised() -> nn.Module:
         (lambda: nn.DataParallel(make("bert")), "relu", {}, "wrapped"),
         (_quantised, "relu", {}, "quantised"),
         (lambda: make("bert").to("meta"), "relu", {}, "not in memory"),
+        (_mixed, "relu", {}, r"several types \(cls_token in torch.bfloat16, .*norm1.weight in torch.float32\)"),
         (_offloaded, "relu", {}, "not in memory"),
         (lambda: "no-such-model", "relu", {}, "no directory, timm name or transformers id"),
         (lambda: make("bert"), "relu", {"layers": "7"}, "layers 0 to 2"),

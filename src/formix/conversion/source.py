@@ -107,6 +107,15 @@ def refuse_wrapped(model: Any) -> None:
             f"The source's weights are not in memory ({absent} is on the meta device, offloaded or never loaded); load "
             "it whole, without device_map and offloading, and convert that."
         )
+    kinds: dict[torch.dtype, str] = {}
+    for name, p in model.named_parameters():
+        kinds.setdefault(p.dtype, name)
+    if len(kinds) > 1:
+        found = ", ".join(f"{name} in {dtype}" for dtype, name in kinds.items())
+        raise ValueError(
+            f"The source's weights are of several types ({found}), and a conversion has one; bring them to the widest "
+            "with model.float() and convert that."
+        )
     for name in model.state_dict():
         for pattern, what in REWRITTEN.items():
             if re.search(pattern, name):
