@@ -177,7 +177,7 @@ def test_a_run_does_not_go_on_with_a_tokenizer_that_was_changed_in_place(tmp_pat
     words.save_pretrained(tokenizer)
     command = ["train", f"--data=text:{tmp_path / 'a.txt'}", f"--tokenizer={tokenizer}", f"--out={tmp_path / 'out'}"]
     command += ["--sequence-length=16", "--epochs=1", '--model_args={"n_layer": 1, "n_embd": 16, "n_head": 2}']
-    assert main(command) == main(command) == 0
+    assert main(command) == main(command) == main(["eval", str(tmp_path / "out")]) == 0
     words.add_tokens(["The"])
     words.save_pretrained(tokenizer)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -187,6 +187,10 @@ def test_a_run_does_not_go_on_with_a_tokenizer_that_was_changed_in_place(tmp_pat
     assert "is of a run with sha256 of the data and tokenizer" in said
     assert len(said.splitlines()) == 1
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert main(["eval", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert f"is not the one in {tmp_path / 'out' / 'model'}, which the model was trained with" in said
+    assert main(["eval", str(tmp_path / "out"), f"--tokenizer={tmp_path / 'out' / 'model'}"]) == 0
 
 
 def test_a_plan_is_printed_and_nothing_is_started(tmp_path, capsys):

@@ -26,6 +26,7 @@ from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.sentences import Sentences
 from formix.conversion.taps import answer, tapped
 from formix.data import Data
+from formix.data.text import load_tokenizer
 from formix.models.text import positions
 from formix.training import train
 
@@ -325,6 +326,14 @@ def test_a_tokenizer_is_the_models_own(tmp_path, capsys) -> None:
     for asked, source in ((None, "own"), ("own", "own"), ("part", "own"), ("other", "none")):
         tokenizer = asked and str(tmp_path / asked)
         load_recovery_data(model, Recovery(data=f"text:{text}", tokenizer=tokenizer), tmp_path / source)
+    digests = []
+    for _ in range(2):
+        data, _ = load_recovery_data(model, Recovery(data=f"text:{text}"), tmp_path / "own")
+        digests.append(data.provenance["sha256"])
+        tokenizer = load_tokenizer(str(tmp_path / "own"))
+        tokenizer.add_tokens(["2 3"])  # which changes the ids and none of the words
+        tokenizer.save_pretrained(tmp_path / "own")
+    assert digests[0] != digests[1]
     with pytest.raises(ValueError, match="tokenizer is missing"):
         load_recovery_data(model, Recovery(data=f"text:{text}"), tmp_path / "none")
     command = ["convert", str(tmp_path / "own"), "--design=relu", f"--out={tmp_path / 'out'}"]

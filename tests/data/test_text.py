@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from formix.data import load_data, text
+from formix.data.text import load_tokenizer, tokenizer_identity
 
 WORDS = [*"abcdefg", "the", "cat", "sat", "on", "mat", "dög", "until", "night", "town"]
 
@@ -165,6 +166,10 @@ def test_a_tokenizer_changed_in_place_is_other_data(tmp_path):
     assert digest(None) == hashlib.sha256(Path(tmp_path / "a.txt").read_bytes()).hexdigest()
     swap_tokens(directory, 270, 271)
     assert digest(directory) not in (first, digest(None))
+    used = load_tokenizer(directory)
+    used("the cat sat", truncation=True, max_length=3)
+    used.backend_tokenizer.enable_padding(length=3)
+    assert tokenizer_identity(used) == tokenizer_identity(load_tokenizer(directory))
     special = tmp_path / "same" / "tokenizer_config.json"
     special.write_text(json.dumps(json.loads(special.read_text()) | {"mask_token": "a"}))
     assert digest(str(tmp_path / "same")) != first

@@ -61,6 +61,8 @@ def evaluate(arguments: list[str]) -> int:
     own_data = bool(trained) and job.data == trained["data"]
     if data.in_chans in (1, getattr(model, "in_chans", 3)) and not own_data and _knows_statistics(model):
         data = normalised_for(model, data)
+    if job.tokenizer is not None:
+        _check_tokenizer(data.tokenizer, job.tokenizer, directory)
     _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
     value = measure(model, data, config.split, batch_size=config.batch_size)
     figures = {
@@ -132,6 +134,19 @@ def _knows_statistics(model: Any) -> bool:
     from formix.models.inputs import label_names
 
     return getattr(model, "conversion_record", None) is not None or label_names(model) is not None
+
+
+def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
+    """ValueError for another tokenizer than the one that lies beside the model's weights, where one does."""
+    from formix.data.text import load_tokenizer, tokenizer_identity
+
+    if not (directory / "tokenizer.json").is_file() or Path(place).resolve() == directory.resolve():
+        return
+    if tokenizer_identity(tokenizer) != tokenizer_identity(load_tokenizer(str(directory))):
+        raise ValueError(
+            f"The tokenizer in {place} is not the one in {directory}, which the model was trained with; give "
+            f"--tokenizer={directory}."
+        )
 
 
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from formix.data import Batch, BatchDataset, Data
 from formix.data.glue import TASKS
-from formix.data.text import SUFFIXES
+from formix.data.text import SUFFIXES, content_hash, tokenizer_identity
 
 MAX_SENTENCES = 256  # in a batch
 
@@ -110,7 +109,7 @@ def load_sentences(
             "source": name,
             "counts": {"train": len(train), "different": len(ids) - held, "held out": held},
             "preprocessing": f"sentences cut at {longest} tokens, batches of up to {tokens} tokens",
-            "sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+            "sha256": content_hash("\n".join(texts).encode(), tokenizer_identity(tokenizer)),
         },
     )
 

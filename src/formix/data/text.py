@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -224,9 +225,12 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> bytes:
-    """What decides the ids of its tokens, of one as `load_tokenizer` gives it: use adds truncation and padding."""
+    """What decides the ids of its tokens: not the truncation and padding that its last use left in it."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return json.dumps([tokenizer.backend_tokenizer.to_str(), special], sort_keys=True).encode()
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return json.dumps([backend.to_str(), special], sort_keys=True).encode()
 
 
 def content_hash(texts: bytes, tokenizer: bytes | None) -> str:
