@@ -271,7 +271,10 @@ WRONG = {
     "value in a file": (["train", "{tmp}/value.yaml"], "/value.yaml: lr is 0.0; it must be"),
     "value in a flag": (["train", "{tmp}/value.yaml", "--lr=1", "--epochs=0"], "formix: epochs is 0.0; it must be"),
     "log steps": (["train", "--log-steps=0"], "log_steps is 0"),
-    "augmented text": (["train", "--data=text:{tmp}/a.txt", "--augmentation.flip=0.5"], "augmentation is for images"),
+    "augmented text": (
+        ["train", "--data=text:{tmp}/a.txt", "--augmentation.flip=0.5", "--out={tmp}/new"],
+        "augmentation is for images",
+    ),
     "loss of text": (
         ["train", "--data=text:{tmp}/a.txt", "--task=masked-lm", "--loss=sigmoid", "--out={tmp}/new"],
         "loss is 'sigmoid', which is for classes",

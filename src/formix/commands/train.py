@@ -25,6 +25,7 @@ def train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from formix.comparison.models import build_model
+    from formix.data.augmentation import augmented
     from formix.training import Checkpoints, evaluate, task_objective
     from formix.training import train as run
     from formix.training.diagnostics import diagnose
@@ -40,6 +41,7 @@ def train(arguments: list[str]) -> int:
     out = OutputDirectory(job.out)
     data = job.load_data()
     objective = task_objective(data, training.label_smoothing, training.loss)  # which may refuse: nothing is there yet
+    augmented(data, training.augmentation, training.seed)  # and so may this
     set_seed(training.seed)
     model = build_model(data, job.model, job.model_args, job.design)
     describe_data(model, data)
