@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import adapt_input_conv
 
 import formix
 
@@ -143,6 +144,22 @@ def test_a_design_with_weights_that_a_directory_lacks_is_refused(family, saved):
     for design in ("relu(gate=silu)", "relu(qk_norm=true)"):
         with pytest.raises(ValueError, match=r"has no weights for \d+ parameters of this design"):
             formix.create_model(directory, design)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_other_channels_adapt_the_patch_embedding_as_timm_does(channels, tmp_path, caplog):
+    model = formix.create_model("vit_tiny_patch16_224", design="relu", img_size=32, depth=1, num_classes=3).eval()
+    formix.save(model, tmp_path)
+    adapted = formix.create_model(tmp_path, in_chans=channels).eval()
+    weight = adapt_input_conv(channels, model.patch_embed.proj.weight)
+    assert torch.equal(adapted.patch_embed.proj.weight, weight)
+    assert len(adapted.pretrained_cfg["mean"]) == adapted.pretrained_cfg["input_size"][0] == channels
+    assert f"adapted from 3 to {channels} channels" in caplog.text
+    formix.save(adapted, tmp_path / "adapted")
+    x = torch.randn(1, channels, 32, 32)
+    assert torch.equal(formix.load(tmp_path / "adapted")(x), adapted(x))
+    with pytest.raises(ValueError, match=f"in_chans is 4, and the weights are for {channels} channels"):
+        formix.create_model(tmp_path / "adapted", in_chans=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

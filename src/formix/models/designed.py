@@ -10,13 +10,6 @@ from torch import Tensor, nn
 from formix.design import Design
 from formix.models.image import saved_names
 
-# these say how a model is trained or placed, or where its weights came from, not what it is: a saved config.json leaves
-# them out
-RUNTIME_ARGUMENTS = (
-    "device", "dtype", "weight_init", "drop_rate", "drop_path_rate", "pos_drop_rate", "pretrained_cfg",
-    "pretrained_cfg_overlay", "cache_dir",
-)  # fmt: skip
-
 
 class Designed:
     """A trunk of timm's, built by its name and arguments, whose blocks are in a `Design`."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_model
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
 
 from formix.design import Design
-from formix.models import text, vit
+from formix.models import text
 from formix.models.designed import Designed
 from formix.models.image import ImageModel, image_size
 from formix.models.recorded import ASIDE, FILE, remember_record, write_record
 
+_log = logging.getLogger("formix")
 WEIGHTS = "model.safetensors"
 OWN = ("model*.safetensors*", FILE, ASIDE)  # the files that belong to one model's weights
 LAST = ("config.json", ASIDE, FILE)  # the files that make a directory a model's, and a conversion's
@@ -92,6 +95,10 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
         inputs["input_size"] = (model.in_chans, *image_size(model))  # type: ignore[misc]
     if new_classes:
         inputs.pop("label_names", None)
+    if model.in_chans != (channels := config["model_args"].get("in_chans", 3)):
+        _log.warning("the patch embedding is adapted from %d to %d channels", channels, model.in_chans)
+        for statistic in {"mean", "std"} & inputs.keys():
+            inputs[statistic] = [sum(inputs[statistic]) / len(inputs[statistic])] * model.in_chans
     model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
     try:
         missing, unexpected = _load(model, directory, new_classes)
@@ -103,26 +110,46 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
             ", ...): they would stay random. Train the design from scratch or convert the model."
         )
     if unexpected:
-        vit._log.warning("weights without a place in this design: %s", ", ".join(sorted(unexpected)))
+        _log.warning("weights without a place in this design: %s", ", ".join(sorted(unexpected)))
     return model
 
 
 def _load(model: Any, directory: Path, new_classes: bool) -> tuple[set[str], set[str]]:
     """Load the weights, positions resampled for the model's image size; the names that the directory lacks, and those
     that the model has no place for. For other classes the classifier keeps its random weights."""
-    stored = load_file(directory / WEIGHTS)
+    stored = _input_channels(load_file(directory / WEIGHTS), model)
     fitted, new = model.adapt_checkpoint(dict(stored)), set()
     if resampled := [k for k, tensor in fitted.items() if k in stored and tensor.shape != stored[k].shape]:
-        vit._log.warning("resampled from other sizes: %s", ", ".join(sorted(resampled)))
+        _log.warning("resampled from other sizes: %s", ", ".join(sorted(resampled)))
     if new_classes:
         head = model.get_classifier()  # a tuple in timm's distilled DeiT
         parts = head if isinstance(head, tuple) else (head,)
         places = {id(parameter) for part in parts for parameter in part.parameters()}
         new = {name for name, parameter in model.named_parameters() if id(parameter) in places}
     if new:
-        vit._log.warning("the classifier is new (%s): %s has one for others", ", ".join(sorted(new)), directory)
+        _log.warning("the classifier is new (%s): %s has one for others", ", ".join(sorted(new)), directory)
     missing, unexpected = model.load_state_dict({k: v for k, v in fitted.items() if k not in new}, strict=False)
     return set(missing) - new, set(unexpected)
+
+
+def _input_channels(stored: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The weights with the first convolution for the model's channels, as timm adapts its pretrained ones: summed over
+    the three colours for one channel, repeated and scaled for others.
+
+    Raises:
+        ValueError: weights for another number of channels than three, of which timm knows no others.
+    """
+    first = model.pretrained_cfg.get("first_conv") or "patch_embed.proj"
+    for name in (f"{part}.weight" for part in ((first,) if isinstance(first, str) else first)):
+        if name not in stored or stored[name].dim() != 4 or stored[name].shape[1] == model.in_chans:
+            continue
+        if stored[name].shape[1] != 3:
+            raise ValueError(
+                f"in_chans is {model.in_chans}, and the weights are for {stored[name].shape[1]} channels; those for 3 "
+                "can be adapted to others."
+            )
+        stored[name] = adapt_input_conv(model.in_chans, stored[name])
+    return stored
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -181,7 +208,7 @@ def _load_image(config: dict[str, Any], directory: Path) -> Any:
         if name in stored:
             tensor.data = tensor.data.to(stored[name].dtype)
     try:
-        load_model(model, str(directory / WEIGHTS), strict=True)
+        model.load_state_dict(stored, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
     remember_record(model, directory)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from formix.design import Design
 
 _log = logging.getLogger("formix")
-# these say how a model is trained or placed, not what it is
+# these say how a model is trained or placed, or where its weights came from, not what it is: a saved config.json leaves
+# them out
 RUNTIME_ARGUMENTS = (
     "device", "dtype", "weight_init", "drop_rate", "drop_path_rate", "pos_drop_rate", "proj_drop_rate",
-    "attn_drop_rate", "patch_drop_rate", "head_bias", "head_zero_init",
+    "attn_drop_rate", "patch_drop_rate", "head_bias", "head_zero_init", "pretrained_cfg", "pretrained_cfg_overlay",
+    "cache_dir",
 )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from formix.design import Design, LayerDesign
 from formix.design import design as find_design
 from formix.layers import Block as FormixBlock
 from formix.layers import BlockStack
-from formix.models.designed import RUNTIME_ARGUMENTS, Designed
+from formix.models.designed import Designed
+from formix.models.image import RUNTIME_ARGUMENTS
 from formix.models.recorded import remember_record
 
 _log = logging.getLogger("formix")
