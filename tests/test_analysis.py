@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertModel,
+    CvtConfig,
+    CvtForImageClassification,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
@@ -153,6 +155,38 @@ def test_xcit_and_sima() -> None:
         assert figures.spread_after_ffn == pytest.approx(float(spread(y).mean()), rel=1e-4)
 
 
+@torch.no_grad()
+def _by_hand(model, block, images, branch) -> None:
+    """The figures of `block`, whose attention branch is `branch(input, *more)`, against those from its own states."""
+    figures, states = next(f for f in analyze(model, [images]).layers if model.get_submodule(f.name) is block), []
+    handle = block.register_forward_hook(lambda m, a, k, y: states.extend((a, k, y)), with_kwargs=True)
+    model.eval()(images)
+    handle.remove()
+    given, named, y = states
+    x, a = given[0], branch(*given, **named)
+    assert figures.attention_ratio == pytest.approx(float((a.norm(dim=-1) / x.norm(dim=-1)).mean()), rel=1e-4)
+    assert figures.spread_after_attention == pytest.approx(float(spread(x + a).mean()), rel=1e-4)
+    assert figures.spread_after_ffn == pytest.approx(float(spread(y).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_rope_224", "eva02_tiny_patch14_224"])
+def test_rotary_positions(name: str) -> None:
+    size = {"depth": 2, "img_size": 56, "embed_dim": 32, "num_heads": 2, "init_values": 0.5}
+    models = [formix.create_model(name, design, **size) for design in ("relu", "relu+parallel")]
+    for model in (timm.create_model(name, **size), *models):
+        block, images = model.blocks[1], torch.randn(2, 3, 56, 56)
+        _by_hand(model, block, images, lambda x, b=block, **k: b.gamma_1 * b.attn(b.norm1(x), **k))
+
+
+def test_cvt() -> None:
+    size = {"depth": [1, 2, 3], "embed_dim": [16, 48, 96], "drop_path_rate": [0.0, 0.0, 0.0]}
+    stock = CvtForImageClassification(CvtConfig(**size)).eval()
+    for model in (stock, formix.create_model("cvt-13", "relu", **size), formix.create_model("cvt-13", "sima", **size)):
+        block, images = model.cvt.encoder.stages[2].layers[1], torch.randn(2, 3, 64, 64)
+        assert len(analyze(model, [images]).layers) == 6
+        _by_hand(model, block, images, lambda x, *size, b=block: b.attention(b.layernorm_before(x), *size))
+
+
 def test_json_table_and_the_models_state() -> None:
     model = RobertaForMaskedLM(RobertaConfig(**TEXT)).train()
     result = analyze(model, (batch() for _ in range(5)), max_batches=2)
@@ -169,8 +203,8 @@ def test_json_table_and_the_models_state() -> None:
 def test_what_cannot_be_analysed_is_refused() -> None:
     with pytest.raises(ValueError, match="no layers"):
         analyze(torch.nn.Linear(2, 2), [])
-    with pytest.raises(ValueError, match="but those with rotary positions"):
-        analyze(formix.create_model("vit_small_patch16_rope_224", "relu", depth=1, img_size=32), [])
+    with pytest.raises(ValueError, match="but those with norms behind the branches"):
+        analyze(formix.create_model("vit_base_patch16_rpn_224", "relu", depth=1, img_size=32), [])
     model = formix.create_model("bert-tiny", **TEXT)
     one = {"input_ids": torch.tensor([[5, 1]]), "attention_mask": torch.tensor([[1, 0]])}
     for batches in ([], [one]):

@@ -34,6 +34,12 @@ class _Role:
     branches: tuple[str, ...]  # the first that exists gives the attention branch, without residual and norm
     norm: str  # the norm after attention in post-norm series layers
     trunk: str = "pre"
+    kind: str | None = None  # the name of the layers' class or of one that it extends; None: any
+
+    def fits(self, module: nn.Module) -> bool:
+        if self.kind is not None and all(c.__name__ != self.kind for c in type(module).__mro__):
+            return False
+        return all(_part(module, path) is not None for path in self.marks)
 
 
 _ROLES = (
@@ -46,6 +52,8 @@ _ROLES = (
     ),
     _Role(("ln_1", "attn"), ("attn",), "ln_1"),  # GPT-2
     _Role(("input_layernorm", "self_attn"), ("self_attn",), "input_layernorm"),  # Llama
+    _Role(("norm1", "attn", "drop_path1"), ("drop_path1",), "norm1", kind="EvaBlock"),  # timm's with rotary positions
+    _Role(("layernorm_before", "attention"), ("attention",), "layernorm_before", kind="CvtLayer"),  # CvT
     _Role(("norm1", "attn", "ls1"), ("ls1",), "norm1"),  # Vision Transformers, timm's and formix's
     _Role(("norm1", "attn", "local_mp"), ("drop_path1",), "norm1"),  # XCiT, SimA's released models: the patches' layers
     _Role(("norm", "actgu"), ("actgu",), "norm"),  # Activator
@@ -101,8 +109,8 @@ def analyze(
 
     Args:
         model: a text model or Vision Transformer of formix's, or transformers' BERT, RoBERTa, GPT-2 or Llama, or
-            timm's VisionTransformer or XCiT (the patches' layers; local patch interaction counts to the FFN). It runs
-            in evaluation mode and is left as it was.
+            timm's VisionTransformer, Eva or XCiT (the patches' layers; local patch interaction counts to the FFN), or
+            a CvT. It runs in evaluation mode and is left as it was.
         batches: images [B, C, H, W], or a model's keyword arguments (`labels` are left out). Tokens that an
             `attention_mask` [B, N] hides count nowhere; sequences of fewer than two tokens are left out.
         max_batches: stop after so many.
@@ -213,17 +221,12 @@ class _Sums:
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module, _Role]]:
-    found = [
-        (name, module, role)
-        for name, module in model.named_modules()
-        for role in _ROLES
-        if all(_part(module, path) is not None for path in role.marks)
-    ]
+    found = [(name, module, role) for name, module in model.named_modules() for role in _ROLES if role.fits(module)]
     if not found:
         raise ValueError(
             f"A {type(model).__name__} has no layers that formix can look into; it knows BERT, RoBERTa, DistilBERT of "
-            "formix's, GPT-2, Llama, vit_*, deit_* and relu_vit_* (but those with rotary positions, norms behind the "
-            "branches or several branches at once), xcit_*, sima_*, Activator and NiNformer."
+            "formix's, GPT-2, Llama, vit_*, deit_* and relu_vit_* (but those with norms behind the branches or several "
+            "branches at once), eva*, CvT, xcit_*, sima_*, Activator and NiNformer."
         )
     return found
 
@@ -243,7 +246,7 @@ def _watch(block: nn.Module, role: _Role, report: Callable[..., None]) -> list[A
 
     def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
         states.clear()
-        states["x"] = args[0] if args else kwargs["hidden_states"]
+        states["x"] = args[0] if args else next(kwargs[k] for k in ("hidden_states", "hidden_state") if k in kwargs)
 
     def keep(name: str) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
