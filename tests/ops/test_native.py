@@ -433,6 +433,17 @@ def test_extreme_scales_in_bf16(activation, scale):
     close(found / largest, expected / largest, 2e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_squares_beyond_float32_are_infinite_as_in_the_reference(isa, dtype):
+    q = torch.linspace(-2e20, 2e20, 41).to(dtype).view(1, 1, 41, 1)
+    one = torch.ones(1, 1, 1, 1, dtype=dtype)
+    options = {"activation": "relu2", "scale": 1.0}
+    found = pointwise_attention(q, one, one, **options, impl="native")
+    expected = pointwise_attention(q, one, one, **options, impl="reference")
+    assert expected.isinf().sum() == 19
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_export_with_any_batch(name):
     class Module(torch.nn.Module):

@@ -59,7 +59,8 @@ def pointwise_attention(
         query: [B, H, Nq, D]; key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; any strides.
         activation: h, one of relu, relu2 (squared), gelu (tanh form), gelu_erf, softplus, identity, relu6, sigmoid,
             or sigmoid_bias: sigmoid(Q K^T scale - log L) V as in sigmoid attention (arXiv 2409.04431), where the
-            length enters as a bias and nothing is divided.
+            length enters as a bias and nothing is divided. Numbers stay those of float32, in which the square of a
+            score above 1.8e19 is infinite.
         length_exponent: a >= 0.
         length: L. None: the number of keys that the row may see (all, the unmasked ones, i + 1 if causal);
             an integer fixes it.
