@@ -28,7 +28,7 @@ def train(arguments: list[str]) -> int:
     from formix.training import Checkpoints, evaluate, task_objective
     from formix.training import train as run
     from formix.training.diagnostics import diagnose
-    from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory, combined
+    from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory, combined, describe_data
     from formix.training.parallel import joined, process_count, together
     from formix.training.plan import plan
     from formix.training.trackers import Trackers
@@ -41,6 +41,7 @@ def train(arguments: list[str]) -> int:
     objective = task_objective(data, training.label_smoothing, training.loss)  # which may refuse: nothing is there yet
     set_seed(training.seed)
     model = build_model(data, job.model, job.model_args, job.design)
+    describe_data(model, data)
     if job.plan:
         with joined() as accelerator:
             print(plan(model, data, training, accelerator.device))

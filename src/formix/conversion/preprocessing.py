@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
 from typing import Any
 
-from PIL import Image
-
 from formix.models.image import image_size
+from formix.models.processor import of_processor
 
-_log = logging.getLogger("formix")
 FIELDS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size")
 
 
@@ -19,44 +14,7 @@ def keep_preprocessing(target: Any, source: Any) -> None:
     """Let an image model take its images as `source` does, in the size that it is built for unless it reads any."""
     if not hasattr(target, "pretrained_cfg"):
         return
-    prepared = dict(source.pretrained_cfg) if hasattr(source, "pretrained_cfg") else _of_processor(source.name_or_path)
+    prepared = dict(source.pretrained_cfg) if hasattr(source, "pretrained_cfg") else of_processor(source.name_or_path)
     if not getattr(target, "dynamic_img_size", False):
         prepared["input_size"] = (target.in_chans, *image_size(target))  # type: ignore[misc]
     target.pretrained_cfg = {**target.pretrained_cfg, **{k: prepared[k] for k in FIELDS if k in prepared}}
-
-
-def _of_processor(name: str) -> dict[str, Any]:
-    """The fields for the image processor beside a model of transformers'; none for one that came from nowhere."""
-    from transformers import AutoImageProcessor
-
-    if not name:
-        return {}
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, local_files_only=os.path.isdir(name))
-    except (OSError, ValueError) as error:
-        _warn_of(name, str(error).strip().splitlines()[0])
-        return {}
-    given = {k: v for k, v in processor.to_dict().items() if v is not None}
-    size = given["size"]
-    crop = given["crop_size"] if given.get("do_center_crop") else size
-    height, width = (crop.get(side, crop.get("shortest_edge")) for side in ("height", "width"))
-    scale = 255 * given["rescale_factor"] if given.get("do_rescale") else 255  # timm divides pixels by 255
-    normalised = bool(given.get("do_normalize"))
-    mean, std = (given["image_mean"], given["image_std"]) if normalised else ([0.0] * 3, [1.0] * 3)
-    return {
-        "mean": tuple(x / scale for x in mean),
-        "std": tuple(x / scale for x in std),
-        "interpolation": Image.Resampling(given["resample"]).name.lower(),
-        "crop_pct": height / size.get("shortest_edge", size.get("height")),
-        "crop_mode": "squash" if "height" in size else "center",
-        "input_size": (len(mean), height, width),
-    }
-
-
-@functools.cache  # a search converts one source many times
-def _warn_of(name: str, reason: str) -> None:
-    _log.warning(
-        "%s: no image processor can be read (%s); the converted model's pretrained_cfg has timm's mean and std.",
-        name,
-        reason,
-    )

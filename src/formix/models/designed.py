@@ -38,7 +38,10 @@ class Designed:
         if not isinstance(self.norm, nn.Identity) or not isinstance(self.fc_norm, nn.Identity):
             arguments[self.fc_norm_argument] = not isinstance(self.fc_norm, nn.Identity)
         cfg = dict(self.pretrained_cfg)
-        kept = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "classifier")
+        kept = (
+            "input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "classifier",
+            "label_names",
+        )  # fmt: skip
         pretrained_cfg = {k: cfg[k] for k in kept if k in cfg}
         if not getattr(self, "dynamic_img_size", False):  # else it may take images of another size than its positions'
             pretrained_cfg["input_size"] = [self.in_chans, *self.patch_embed.img_size]

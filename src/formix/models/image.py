@@ -52,7 +52,7 @@ class ImageModel:
         }
         if self.design is not None:
             arguments["design"] = self.design.to_dict()
-        kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "classifier")
+        kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "classifier", "label_names")
         cfg = {k: v for k, v in dict(self.pretrained_cfg).items() if k in kept}
         return {
             "architecture": self.architecture,

@@ -72,6 +72,26 @@ class JobConfig(DataConfig):
         return {**defining, f"sha256 of the {self.contents}": data.provenance.get("sha256")}
 
 
+def describe_data(model: Any, data: Data) -> None:
+    """Say in the model's config, in timm's or transformers' fields, how its inputs are made and what its classes are:
+    who has the saved model may not have the data."""
+    names = data.class_names
+    if names and hasattr(model, "config"):
+        model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    if data.task != "image-classification" or not hasattr(model, "pretrained_cfg"):
+        return
+    statistics = data.provenance["normalisation"]
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        "mean": [x / 255 for x in statistics["mean"]],
+        "std": [x / 255 for x in statistics["std"]],
+        "interpolation": "bilinear",  # as the readers of files scale and cut
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "label_names": list(names or ()),
+    }
+
+
 class OutputDirectory:
     """`--out`: config.json, metrics.csv, diagnostics.csv if asked for, result.json, model/ and checkpoints/.
 
