@@ -190,6 +190,10 @@ def output_ports(program: Program, exported: torch.export.ExportedProgram, sizes
 
 def unread(program: Program, exported: torch.export.ExportedProgram) -> list[str]:
     """Inputs that no output depends on."""
-    used = {node.name for node in exported.graph.nodes if node.users}
+    reached, ahead = set(), [node for node in exported.graph.nodes if node.op == "output"]
+    while ahead:
+        node = ahead.pop()
+        ahead += [before for before in node.all_input_nodes if before.name not in reached]
+        reached.add(node.name)
     names = zip(program.inputs, exported.graph_signature.user_inputs, strict=True)
-    return [port.name for port, name in names if str(name) not in used]
+    return [port.name for port, name in names if str(name) not in reached]

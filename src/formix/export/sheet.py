@@ -14,7 +14,7 @@ class Port:
 
     name: str
     dtype: str  # of the tensor, whatever the weights are in: "float32", "int64"
-    shape: tuple[int | str, ...]  # a number is fixed; a name is one of the sheet's axes, or a sum or product of them
+    shape: tuple[Any, ...]  # numbers are fixed; names are the sheet's axes, or sums and products of them
     about: str = ""  # what it is, or how it is used
 
 
