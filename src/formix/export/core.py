@@ -26,6 +26,7 @@ from formix.records import plain, write
 
 _log = logging.getLogger("formix")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.")  # one of these makes it
 PACKAGES = ("formix", "torch", "timm", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")
 
 
@@ -111,7 +112,7 @@ def export_model(
         image=found.image,
         text=_text(found, program),
         labels=found.labels,
-        notes=(*found.notes, *_notes(program, format, unread(program, exported), kernels)),
+        notes=(*found.notes, *_notes(found, program, format, unread(program, exported), kernels)),
         versions=_versions(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,8 +242,10 @@ def _text(found: Source, program: Program) -> dict[str, Any] | None:
     return {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id, "tokenizer_files": files}
 
 
-def _notes(program: Program, format: str, unread: list[str], kernels: bool) -> list[str]:
+def _notes(found: Source, program: Program, format: str, unread: list[str], kernels: bool) -> list[str]:
     notes = []
+    if isinstance(program, TextProgram) and not any(p.name.startswith(TOKENIZER) for p in found.companions):
+        notes.append("no tokenizer lies beside the model: input_ids have to be made as in its training")
     if isinstance(program, TextProgram) and program.decoder:
         notes.append("no cache: every call computes all its tokens")
         notes.append("positions count the ones of attention_mask, so padding may stand on either side")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from formix.ops import registry
 from formix.ops.native_library import library_on_tensors
 
 _MOST = 1024  # calls are kept, then all are forgotten
@@ -136,6 +137,7 @@ def _is_plain(t: Tensor) -> bool:
 def _observed() -> bool:
     return bool(
         torch.compiler.is_compiling()
+        or registry._portable
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

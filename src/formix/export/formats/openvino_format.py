@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,11 +32,14 @@ def write(
         ValueError: an operator that OpenVINO does not know.
     """
     import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model = openvino.convert_model(exported)
+    with _quiet():
+        try:  # what openvino.convert_model does, but for its report of usage over the network
+            frontend = FrontEndManager().load_by_framework("pytorch")
+            decoder = TorchFXPythonDecoder.from_exported_program(exported)  # which has to outlive the conversion
+            model = frontend.convert(frontend.load(decoder))
         except Exception as error:  # OpenVINO's errors have no common class
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"OpenVINO cannot convert this {type(program.model).__name__}: {reason}") from error
@@ -74,6 +79,19 @@ def run(path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Callable
         return tuple(torch.from_numpy(result[port.name].copy()) for port in outputs)
 
     return call
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the decoder logs of PyTorch's operators that it does not know and no model here has."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def runtime() -> str:
