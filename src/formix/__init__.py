@@ -16,6 +16,6 @@ _hooks.install()
 def __getattr__(name: str) -> Any:
     if name == "convert":  # it stands above what imports formix, so not before it is asked for
         return importlib.import_module("formix.conversion").convert
-    if name in ("conversion", "layers", "models", "ops"):
+    if name in ("conversion", "export", "layers", "models", "ops"):
         return importlib.import_module(f"formix.{name}")
     raise AttributeError(f"module 'formix' has no attribute {name!r}")

@@ -17,6 +17,7 @@ from formix.commands.bench import bench
 from formix.commands.compare import compare
 from formix.commands.convert import convert
 from formix.commands.evaluate import evaluate
+from formix.commands.export import export
 from formix.commands.lists import data, designs, implementations
 from formix.commands.predict import predict
 from formix.commands.report import report
@@ -27,6 +28,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "convert": convert,
     "train": train,
     "eval": evaluate,
+    "export": export,
     "predict": predict,
     "report": report,
     "analyze": analyze,

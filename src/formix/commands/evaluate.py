@@ -47,6 +47,7 @@ def evaluate(arguments: list[str]) -> int:
     from formix import load
     from formix.evaluation.probe import normalised_for
     from formix.training import evaluate as measure
+    from formix.training.job import trained_model
 
     named = [f"--model={a}" for a in arguments[:1] if not a.startswith("-")]
     config = parse(EvalConfig, "eval", [*named, *arguments[len(named) :]])
@@ -77,23 +78,6 @@ def evaluate(arguments: list[str]) -> int:
     else:
         print(f"{data.metric} on {config.split} ({figures['samples']} samples): {value:.4f}; chance {data.chance:.4f}")
     return 0
-
-
-def trained_model(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The directory of the model that a training run made, and the run's settings; of any other it is the model's
-    own, and there are none.
-
-    Raises:
-        ValueError: a run that has made no model yet.
-    """
-    from formix.training.job import OutputDirectory
-
-    if not (directory / "checkpoints").is_dir():
-        return directory, {}
-    out = OutputDirectory(directory)
-    if not out.model.is_dir():
-        raise ValueError(f"{out.path} has no model yet; finish its training, or give a checkpoint's model directory.")
-    return out.model, json.loads(out.config.read_text())
 
 
 def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from formix.commands.arguments import parse
-from formix.commands.evaluate import trained_model
 
 if TYPE_CHECKING:
     from formix.data.folder import EncodedImage
@@ -55,6 +54,7 @@ def predict(arguments: list[str]) -> int:
 
     from formix import load
     from formix.models.text import task_of
+    from formix.training.job import trained_model
 
     named = [a for a in arguments if not a.startswith("--")]
     flags = [a for a in arguments if a.startswith("--")]

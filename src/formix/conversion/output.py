@@ -9,15 +9,10 @@ from typing import Any
 
 from formix.conversion.record import Conversion
 from formix.conversion.report import write_report
+from formix.models.companions import COMPANIONS
 from formix.models.recorded import FILE
 
 SEARCH, RECOVERY = "search.json", "recovery"
-# what a transformers directory keeps beside the weights: how its inputs are made
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
-    "chat_template.jinja",
-)  # fmt: skip
 
 
 class ConversionDirectory:

@@ -12,6 +12,7 @@ from torch import Tensor
 from formix.design import GatedUnit, Mixer, Pointwise, Sima, Softmax
 from formix.ops import l1_attention, pointwise_attention
 from formix.ops.masks import causal_mask, repeat_heads, visible_mask
+from formix.ops.registry import is_portable
 
 # mixer, query, key, and if there are: the boolean mask of visible pairs, the bias of the scores
 Watcher = Callable[[Mixer, Tensor, Tensor, Tensor | None, Tensor | None], None]
@@ -66,6 +67,8 @@ def attend(
         case Softmax():
             if is_causal and attn_mask is not None:
                 attn_mask, is_causal = causal_mask(attn_mask, query, key), False
+            if is_portable():
+                return _portable_softmax(query, key, value, attn_mask, attn_bias, is_causal, dropout_p, scale)
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attn_mask if attn_bias is None else attn_bias, dropout_p=dropout_p,
                 is_causal=is_causal, scale=scale, enable_gqa=grouped,
@@ -86,6 +89,31 @@ def attend(
             return out if attn_bias is None else out + (attn_bias / key.shape[2]).to(value) @ value
         case GatedUnit():
             raise AssertionError("a gated unit has no queries and keys")
+
+
+def _portable_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor:
+    """Softmax attention as runtimes other than PyTorch understand it: every query head with a key head of its own, and
+    0 spelt out for rows that see no key, which elsewhere are a mean of all values, or not a number."""
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    sees = None
+    if attn_mask is not None:
+        visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > float("-inf")
+        sees = visible.any(-1, keepdim=True)  # [..., Nq, 1]
+        attn_mask = attn_mask | ~sees if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~sees, 0.0)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attn_mask if attn_bias is None else attn_bias, dropout_p=dropout_p,
+        is_causal=is_causal, scale=scale,
+    )  # fmt: skip
+    return out if sees is None else out.masked_fill(~sees, 0.0)
 
 
 def key_padding(attn_mask: Tensor, batch: int, num_keys: int) -> Tensor:

@@ -79,8 +79,11 @@ def l1_attention(
 
 
 def choose_order(query: Tensor, key: Tensor, value: Tensor) -> Literal["qk_v", "fused"]:
-    """The order with fewer products: Nq Nk (D + Dv) against (Nq + Nk) D Dv; for Nq = Nk and D = Dv, N < D."""
+    """The order with fewer products: Nq Nk (D + Dv) against (Nq + Nk) D Dv; for Nq = Nk and D = Dv, N < D. A program
+    traced for any number of tokens has one order for all, "fused"."""
     n_q, n_k, d, d_v = query.shape[2], key.shape[2], query.shape[3], value.shape[3]
+    if isinstance(n_q, torch.SymInt) or isinstance(n_k, torch.SymInt):
+        return "fused"
     return "qk_v" if n_q * n_k * (d + d_v) < (n_q + n_k) * d * d_v else "fused"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -21,6 +23,23 @@ OPERATORS = (*ACCELERATED, "skip_layer_attention", "gated_unit")
 NO_KERNELS = "this installation of formix has no CPU kernels, or FORMIX_NATIVE=0 turns them off"
 
 _log = logging.getLogger("formix")
+_portable = False
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Inside, "auto" is the plain-torch reference, and what is traced has no operators but PyTorch's own."""
+    global _portable
+    before, _portable = _portable, True
+    try:
+        yield
+    finally:
+        _portable = before
+
+
+def is_portable() -> bool:
+    """Whether this is inside `portable`."""
+    return _portable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +112,7 @@ def choose(op: str, impl: str, native_refusal: str | None) -> Literal["reference
     """
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLS))}.")
-    if impl == "reference":
+    if impl == "reference" or (impl == "auto" and _portable):
         return "reference"
     if impl == "native" and native_refusal is not None:
         raise ValueError(f"impl='native' cannot run this {op}: {native_refusal}. Use impl='auto' or 'reference'.")

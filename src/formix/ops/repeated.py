@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from formix.ops import registry
 from formix.ops.native_library import library_on_tensors
 
 _MOST = 1024  # calls are kept, then all are forgotten
@@ -137,6 +138,7 @@ def _is_plain(t: Tensor) -> bool:
 def _observed() -> bool:
     return (
         torch.compiler.is_compiling()
+        or registry._portable
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None

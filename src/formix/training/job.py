@@ -120,6 +120,21 @@ class OutputDirectory:
         write_atomically(self.path / "result.json", json.dumps(result, indent=1) + "\n")
 
 
+def trained_model(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory of the model that a training run made, and the run's settings; of any other it is the model's
+    own, and there are none.
+
+    Raises:
+        ValueError: a run that has made no model yet.
+    """
+    if not (directory / "checkpoints").is_dir():
+        return directory, {}
+    out = OutputDirectory(directory)
+    if not out.model.is_dir():
+        raise ValueError(f"{out.path} has no model yet; finish its training, or give a checkpoint's model directory.")
+    return out.model, json.loads(out.config.read_text())
+
+
 class _StepsFile:
     """A CSV file whose first column is the step. Steps that are done again, because a run goes on from a checkpoint or
     returned to one, lose their rows."""
