@@ -14,6 +14,7 @@ from sources import SOURCES, make
 from timm.data import resolve_model_data_config
 
 import formix
+import formix.comparison  # before a test replaces what it imports
 from formix.conversion import restore
 from formix.conversion.pipeline import Recovery, load_recovery_data
 from formix.data import load_data
