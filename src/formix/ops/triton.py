@@ -2,7 +2,8 @@
 
 They run on GPUs that PyTorch calls CUDA (NVIDIA's, and AMD's under ROCm); Triton itself is imported when the first one
 does. With TRITON_INTERPRET=1 in the environment they run on CPU tensors too, in Triton's interpreter, for tests and
-debugging. That is how they were verified: they have not been timed on a GPU.
+debugging. That is how they were verified (bfloat16 in float32, as the interpreter has no products of it) besides being
+compiled for GPUs: they have not run on one, nor been timed.
 """
 
 from __future__ import annotations
@@ -104,10 +105,24 @@ def _kernel(module: str, function: str) -> Any:
     return call
 
 
+def _interpreted_kernel(module: str, function: str) -> Any:
+    """bfloat16 goes through float32, for the interpreter multiplies its bits as integers."""
+    kernel = _kernel(module, function)
+
+    def call(*arguments: Any) -> Any:
+        if arguments[0].dtype != torch.bfloat16:
+            return kernel(*arguments)
+        wide = [x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in arguments]
+        result = kernel(*wide)
+        return result.bfloat16() if isinstance(result, Tensor) else tuple(x.bfloat16() for x in result)
+
+    return call
+
+
 # On the CPU formix::pointwise_attention is native's, so that the interpreter has operators of its own.
 _interpreted = define("formix_interpreted") if INTERPRETED else None
 for _module, _name in (("triton_pointwise", "pointwise_attention"), ("triton_l1", "l1_attention")):
     for _operator, _function in ((_name, "forward"), (f"{_name}_backward", "backward")):
         library.impl(_operator, _kernel(_module, _function), "CUDA")
         if _interpreted is not None:
-            _interpreted.impl(_operator, _kernel(_module, _function), "CPU")
+            _interpreted.impl(_operator, _interpreted_kernel(_module, _function), "CPU")

@@ -4,9 +4,9 @@ c_j = 1 / (max(|q_:j|_1, eps) max(|k_:j|_1, eps)) (arXiv 2206.08898, eq. 4). Wit
     dQ = dO M^T C + sign(Q) diag(u),  dK = V G^T C + sign(K) diag(w),  dV = K C G,
     u_j = -c_j (G M^T)_jj / |q_:j|_1,  w_j likewise with k; zero where eps is larger than the norm.
 
-One kernel sums products and norms over tokens, for parts of the tokens whose sums are then added up; one multiplies every
-token by a [D, Dv] matrix. What is small, [B, H, D, Dv], is plain torch in float32. Without atomics: the same inputs give
-the same bits. Verified in Triton's interpreter and compiled for GPUs; not timed on one.
+One kernel sums products and norms over tokens, for parts of the tokens whose sums are then added up; one multiplies
+every token by a [D, Dv] matrix. What is small, [B, H, D, Dv], is plain torch in float32. No atomics: the same inputs
+give the same bits. Verified in Triton's interpreter and compiled for GPUs; not run or timed on one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _load(start, tokens, stride, channels, N, SIZE, token):
 @triton.jit
 def _tokens(start, tokens, stride, N, MASKED: tl.constexpr):
     """Which of them are no padding."""
-    if MASKED:
+    if MASKED:  # noqa: SIM108
         token = tl.load(start + tokens.to(tl.int64) * stride, tokens < N, other=0) != 0
     else:
         token = tokens < N
@@ -79,11 +79,11 @@ def sum_kernel(
 
 @triton.jit
 def apply_kernel(
-    X, W, Z, U, MASK, O, x_b, x_h, x_n, z_b, z_h, z_n, o_b, o_h, o_n, w_head, w_d, w_e, m_b, m_n, H, N,
+    X, W, Z, U, MASK, OUT, x_b, x_h, x_n, z_b, z_h, z_n, o_b, o_h, o_n, w_head, w_d, w_e, m_b, m_n, H, N,
     D: tl.constexpr, D_V: tl.constexpr, WITH_SIGN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """O = X W [+ sign(Z) diag(u)] of BLOCK_N tokens and BLOCK_V channels of one head, 0 on padding.
+    """X W [+ sign(Z) diag(u)] of BLOCK_N tokens and BLOCK_V channels of one head, 0 on padding.
 
     W is [B H, D, Dv] and u [B H, Dv], both float32.
     """
@@ -104,9 +104,9 @@ def apply_kernel(
         z = _load(Z + b * z_b + h * z_h, n, z_n, e, N, D_V, token)
         u = tl.load(U + head * D_V + e, e < D_V, other=0.0)
         out += tl.where(z > 0, 1.0, tl.where(z < 0, -1.0, 0.0)) * u[None, :]
-    where = O + b * o_b + h * o_h + n.to(tl.int64)[:, None] * o_n + e[None, :]
+    where = OUT + b * o_b + h * o_h + n.to(tl.int64)[:, None] * o_n + e[None, :]
     out = tl.where(token[:, None], out, 0.0)
-    tl.store(where, out.to(O.dtype.element_ty), (n[:, None] < N) & (e[None, :] < D_V))
+    tl.store(where, out.to(OUT.dtype.element_ty), (n[:, None] < N) & (e[None, :] < D_V))
 
 
 def _constants(x: Tensor, d: int, d_v: int, padding: Tensor | None) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     O = f h(S) V,  dV = (f h(S))^T dO,  dS_ij = f_i scale h'(s_ij) (dO V^T)_ij,  dQ = dS K,  dK = dS^T Q.
 
-Scores are computed again for the gradients, one program has a block of keys for dK and dV and another a block of queries
-for dQ, and each sums alone: nothing of size Nq x Nk is stored, and the same inputs give the same bits. Tiles that a
-causal mask hides are skipped. Verified in Triton's interpreter and compiled for GPUs; not timed on one.
+Scores are computed again for the gradients. One program has a block of keys for dK and dV and another a block of
+queries for dQ, and each sums alone: nothing of size Nq x Nk is stored, and the same inputs give the same bits. Tiles
+that a causal mask hides are skipped. Verified in Triton's interpreter and compiled for GPUs; not run or timed on one.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _seen(i, j, N_Q, N_K, mask, stride_i, stride_j, CAUSAL: tl.constexpr, MASKED
 @triton.jit
 def _number(numbers, i, N_Q, number, UNIFORM: tl.constexpr):
     """What the length makes of rows i: L^-a, or log L where it is a bias."""
-    if UNIFORM:
+    if UNIFORM:  # noqa: SIM108
         n = tl.full(i.shape, 1.0, tl.float32) * number
     else:
         n = tl.load(numbers + i, i < N_Q, other=0.0)
@@ -107,7 +107,7 @@ def _number(numbers, i, N_Q, number, UNIFORM: tl.constexpr):
 
 @triton.jit
 def _product(x, y, total, PRECISION: tl.constexpr):
-    """total + x y for weights x in float32. They are rounded to y's type for bfloat16 alone: float16 lacks the range."""
+    """total + x y for weights x in float32, rounded to y's type for bfloat16 alone: float16 lacks the range."""
     if y.dtype == tl.bfloat16:
         total = tl.dot(x.to(tl.bfloat16), y, total)
     else:
@@ -117,7 +117,7 @@ def _product(x, y, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, O, MASK, NUMBERS,
+    Q, K, V, OUT, MASK, NUMBERS,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, m_b, m_h, m_i, m_j, n_b, n_h,
     scale, number, H, GROUP, N_Q, N_K, D: tl.constexpr, D_V: tl.constexpr,
     ACTIVATION: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, UNIFORM: tl.constexpr,
@@ -145,7 +145,7 @@ def forward_kernel(
         out = _product(tl.where(seen, _weight(s, ACTIVATION), 0.0), v, out, PRECISION)
     if ACTIVATION != "sigmoid_bias":
         out *= n[:, None]
-    _store(O + b * o_b + h * o_h, i, o_n, N_Q, out, D_V, BLOCK_V)
+    _store(OUT + b * o_b + h * o_h, i, o_n, N_Q, out, D_V, BLOCK_V)
 
 
 @triton.jit
@@ -275,10 +275,8 @@ class _Call:
         self.b, self.h, self.h_kv, self.n_q, self.n_k = b, h, h_kv, n_q, n_k
         uniform = length is not None or (mask is None and not is_causal)
         number, numbers, strides = 0.0, query, (0, 0)
-        if uniform:
-            lengths = torch.tensor(n_k if length is None else length)
-        else:
-            lengths = _lengths(mask, is_causal, query, key)
+        fixed = n_k if length is None else length
+        lengths = torch.tensor(fixed) if uniform else _lengths(mask, is_causal, query, key)
         lengths = lengths.clamp(min=1).double()
         rows = lengths.log() if activation == "sigmoid_bias" else lengths**-length_exponent
         if uniform:
