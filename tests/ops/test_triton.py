@@ -21,7 +21,8 @@ SHARED = 99 * 1024  # bytes of a program on compute capability 8.6, the least fr
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 POINTWISE = ("forward_kernel", "key_gradient_kernel", "query_gradient_kernel")
 INTERPRETED = ("blind_rows-float32", "grouped_causal_mask-float16", "causal_padding-float32", "rows_without",
-               "head_size_13", "packed-float32", "causal_more", "wider_values-whole-float32", "no_keys", "autocast")  # fmt: skip
+               "head_size_13", "packed_projection", "causal_more", "wider_values", "no_keys",
+               "autocast")  # fmt: skip
 TABLES = ("NUMBERS", "NORM", "PRODUCT", "W", "U")  # float32 whatever the inputs are
 
 

@@ -274,7 +274,7 @@ class _Call:
         h_kv, n_k, d_v = value.shape[1:]
         self.b, self.h, self.h_kv, self.n_q, self.n_k = b, h, h_kv, n_q, n_k
         uniform = length is not None or (mask is None and not is_causal)
-        number, numbers, strides = 0.0, query, (0, 0)
+        number, numbers, strides = 0.0, query, [0, 0]
         fixed = n_k if length is None else length
         lengths = torch.tensor(fixed) if uniform else _lengths(mask, is_causal, query, key)
         lengths = lengths.clamp(min=1).double()
@@ -286,7 +286,7 @@ class _Call:
             numbers = numbers.expand(b, h, n_q)
             if numbers.stride(2) != 1:
                 numbers = numbers.contiguous()
-            strides = numbers.stride()[:2]
+            strides = list(numbers.stride()[:2])
         seen = query if mask is None else mask.view(torch.uint8).expand(b, h, n_q, n_k)
         self.extra = (seen, numbers)  # pointers that are not read stand for what is not there
         self.strides = ((0,) * 4 if mask is None else seen.stride()) + tuple(strides)
@@ -310,7 +310,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     if value.shape[2] == 0:
         return out.zero_()
     if out.numel():
-        call = _Call(query, key, value, *options, backward=False)
+        call = _Call(query, key, value, *options, backward=False)  # type: ignore[misc]
         call.run(forward_kernel, call.n_q, "BLOCK_Q", call.h, query, key, value, out)
     return out
 
@@ -322,7 +322,8 @@ def backward(
     grad_q, grad_k, grad_v = (empty(t, t.shape) for t in (query, key, value))
     if query.numel() and value.numel():
         grad_out, query, key, value = dense(grad_out.to(query.dtype), query, key, value)
-        call, inputs = _Call(query, key, value, *options, backward=True), (query, key, value, grad_out)
+        call = _Call(query, key, value, *options, backward=True)  # type: ignore[misc]
+        inputs = query, key, value, grad_out
         call.run(key_gradient_kernel, call.n_k, "BLOCK_K", call.h_kv, *inputs, grad_k, grad_v)
         call.run(query_gradient_kernel, call.n_q, "BLOCK_Q", call.h, *inputs, grad_q)
     else:
