@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from formix.ops import repeated
+from formix.ops import repeated, triton
 from formix.ops.masks import autocast_inputs, check_layout, check_number, check_qkv, without_autocast
 from formix.ops.registry import NO_KERNELS, choose, native_module
 
@@ -39,7 +39,7 @@ def l1_attention(
             one (few tokens, wide heads) and "fused" otherwise. They differ by rounding only.
         eps: lower bound of every norm; a channel of zeros stays zero. A norm above float32's range (3.4e38) is
             infinite there, and its channel adds nothing.
-        impl: "auto", "reference", "native" or "triton". The native kernels know the fused order only.
+        impl: "auto", "reference", "native" or "triton". The kernels know the fused order only.
 
     Returns:
         [B, H, Nq, Dv] in query's dtype; norms and the fused order are computed in float32 for 16-bit inputs.
@@ -60,18 +60,23 @@ def l1_attention(
     if not eps > 0:
         raise ValueError(f"eps is {eps}; it must be above 0.")
     _check_padding(key_padding_mask, key)
-    native = native_module()
-    if native is None:
-        refusal: str | None = NO_KERNELS
-    elif order in ("qk_v", "q_kv"):
-        refusal = f"the kernels know the fused order only, not {order!r}"
-    elif eps < 1e-18:
-        refusal = f"eps is {eps}, and the kernels' factor 1 / eps^2 must not leave float32's range (eps >= 1e-18)"
-    else:
-        refusal = native.cannot_run_l1(query, key, value, key_padding_mask)
-    if choose("l1_attention", impl, refusal) == "native":
+
+    def refusal(impl: str) -> str | None:
+        kernels = triton if impl == "triton" else native_module()
+        if kernels is None:
+            return NO_KERNELS
+        if order in ("qk_v", "q_kv"):
+            return f"the kernels know the fused order only, not {order!r}"
+        if eps < 1e-18:
+            return f"eps is {eps}, and the kernels' factor 1 / eps^2 must not leave float32's range (eps >= 1e-18)"
+        return kernels.cannot_run_l1(query, key, value, key_padding_mask)
+
+    chosen = choose("l1_attention", impl, query.device, refusal)
+    if chosen == "native":
         options = {"key_padding_mask": key_padding_mask, "eps": eps, "signature": signature}
-        return native.l1_attention(query, key, value, **options)  # type: ignore[union-attr]
+        return native_module().l1_attention(query, key, value, **options)  # type: ignore[union-attr]
+    if chosen == "triton":
+        return triton.l1_attention(query, key, value, key_padding_mask=key_padding_mask, eps=eps)
     if order == "auto":
         order = choose_order(query, key, value)
     with without_autocast(query):

@@ -1,6 +1,5 @@
-"""The CPU kernels of native/ as PyTorch operators: `torch.ops.formix.pointwise_attention` and `l1_attention`, with
-shapes for tracing, gradients and autocast. Their gradients are computed by kernels too; the gradient of a gradient is
-computed by the plain-torch reference."""
+"""The CPU kernels of native/, called by PyTorch's operators of `formix.ops.operators` and, past these, by calls that
+repeat an earlier one."""
 
 from __future__ import annotations
 
@@ -21,6 +20,8 @@ from formix.ops.native_library import (
     library,
     set_isa,
 )
+from formix.ops.operators import TYPES, dense, empty
+from formix.ops.operators import library as operators
 
 __all__ = [
     "available",
@@ -32,7 +33,7 @@ __all__ = [
     "set_isa",
 ]
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FormixType
+_TYPES = {dtype: number for number, dtype in enumerate(TYPES)}  # FormixType
 _ACTIVATIONS = {  # FormixActivation
     name: number
     for number, name in enumerate(
@@ -141,12 +142,6 @@ def l1_attention(
 # ---------------------------------------------------------------------------------------------- calling the kernels
 
 
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty [B, H, N, D] that lies in memory as [B, N, H, D]."""
-    b, h, n, d = shape
-    return like.new_empty((b, n, h, d)).transpose(1, 2)
-
-
 def _tensor(t: Tensor) -> tuple[int, int, int, int]:
     b, h, n, _ = t.stride()
     return t.data_ptr(), b, h, n
@@ -172,7 +167,7 @@ def _keep(
     qkv = [t for t in inputs[:3] if t is not None]
     gradient = repeated.Gradient(
         shapes=tuple(tuple(t.shape) for t in qkv),
-        strides=tuple(_empty(t, t.shape).stride() for t in qkv),
+        strides=tuple(empty(t, t.shape).stride() for t in qkv),
         options=options,
         pack=pack_backward,
         differentiable=differentiable_backward,
@@ -185,19 +180,6 @@ def _keep(
 def _call(function: Callable[[bytes], int], arguments: bytes) -> None:
     if function(arguments):
         raise MemoryError("The attention kernels could not allocate their working memory.")
-
-
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    """With channels side by side. An exported program, or a caller of the operator itself, may pass any strides.
-
-    Raises:
-        ValueError: dtypes that differ or that the kernels do not have.
-    """
-    dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or not dtypes <= _TYPES.keys():
-        found = ", ".join(str(t.dtype) for t in tensors)
-        raise ValueError(f"The tensors have dtypes {found}; the kernels take one of {', '.join(map(str, _TYPES))}.")
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _pointwise_arguments(
@@ -229,8 +211,8 @@ def _pointwise_arguments(
 
 
 def _pointwise_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    query, key, value = _dense(query, key, value)
-    out = _empty(query, (*query.shape[:3], value.shape[-1]))
+    query, key, value = dense(query, key, value)
+    out = empty(query, (*query.shape[:3], value.shape[-1]))
     if value.shape[2] == 0:
         return out.zero_()
     if out.numel():
@@ -242,9 +224,9 @@ def _pointwise_cpu(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> 
 def _pointwise_backward_cpu(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = [_empty(t, t.shape) for t in (query, key, value)]
+    gradients = [empty(t, t.shape) for t in (query, key, value)]
     if query.numel() and value.numel():
-        grad_out, query, key, value = _dense(grad_out.to(query.dtype), query, key, value)  # must outlive the call
+        grad_out, query, key, value = dense(grad_out.to(query.dtype), query, key, value)  # must outlive the call
         arguments = _pointwise_arguments([None, grad_out, *gradients], query, key, value, *options)
         _call(library().formix_pointwise_backward, arguments)
     else:
@@ -271,8 +253,8 @@ def _l1_arguments(
 
 
 def _l1_cpu(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, eps: float) -> Tensor:
-    query, key, value = _dense(query, key, value)
-    out = _empty(query, (*query.shape[:3], value.shape[-1]))
+    query, key, value = dense(query, key, value)
+    out = empty(query, (*query.shape[:3], value.shape[-1]))
     if out.numel():
         tensors = [out, None, None, None, None]
         _call(library().formix_l1_forward, _l1_arguments(tensors, query, key, value, key_padding_mask, eps))
@@ -282,9 +264,9 @@ def _l1_cpu(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor 
 def _l1_backward_cpu(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = [_empty(t, t.shape) for t in (query, key, value)]
+    gradients = [empty(t, t.shape) for t in (query, key, value)]
     if query.numel() and value.numel():
-        grad_out, query, key, value = _dense(grad_out.to(query.dtype), query, key, value)
+        grad_out, query, key, value = dense(grad_out.to(query.dtype), query, key, value)
         tensors = [None, grad_out, *gradients]
         _call(library().formix_l1_backward, _l1_arguments(tensors, query, key, value, key_padding_mask, eps))
     else:
@@ -293,98 +275,10 @@ def _l1_backward_cpu(
     return gradients[0], gradients[1], gradients[2]
 
 
-# ------------------------------------------------------------------------------------- operators, gradients, autocast
-
-
-def _pointwise_reference(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    from formix.ops.pointwise import pointwise_attention as attention
-
-    mask, activation, length_exponent, length, is_causal, scale = options
-    return attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        activation=activation,
-        length_exponent=length_exponent,
-        length=length,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        impl="reference",
-    )
-
-
-def _l1_reference(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, eps: float) -> Tensor:
-    from formix.ops.l1 import l1_attention as attention
-
-    return attention(query, key, value, key_padding_mask=key_padding_mask, order="fused", eps=eps, impl="reference")
-
-
-def _register(name: str, options: str, forward: Any, backward: Any, reference: Any) -> None:
-    """Defines formix::name and formix::name_backward; `options` is the schema of what follows query, key and value."""
-    qkv = "Tensor query, Tensor key, Tensor value"
-    _library.define(f"{name}({qkv}, {options}) -> Tensor")
-    _library.define(f"{name}_backward(Tensor grad_out, {qkv}, {options}) -> (Tensor, Tensor, Tensor)")
-    _library.impl(name, forward, "CPU")
-    _library.impl(f"{name}_backward", backward, "CPU")
-    op = getattr(torch.ops.formix, name).default
-    backward_op = getattr(torch.ops.formix, f"{name}_backward").default
-
-    @torch.library.register_fake(f"formix::{name}", lib=_library)
-    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-        return _empty(query, (*query.shape[:3], value.shape[-1]))
-
-    @torch.library.register_fake(f"formix::{name}_backward", lib=_library)
-    def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return tuple(_empty(t, t.shape) for t in (query, key, value))
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
-
-    def restore(ctx: Any) -> list[Any]:
-        tensors = iter(ctx.saved_tensors)
-        return [next(tensors) if there else x for there, x in zip(ctx.is_tensor, ctx.others, strict=True)]
-
-    def differentiate(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        inputs = restore(ctx)
-        gradients = backward_op(grad_out, *inputs)
-        return *gradients, *[None] * (len(inputs) - 3)
-
-    def differentiate_twice(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # The gradient of (grad_out, q, k, v) -> (dq, dk, dv), by plain torch: the kernels have no such formula.
-        (
-            grad_out,
-            *qkv,
-        ) = [x.detach().requires_grad_() for x in restore(ctx)[:4]]
-        rest = restore(ctx)[4:]
-        with torch.enable_grad():
-            first = torch.autograd.grad(reference(*qkv, *rest), qkv, grad_out, create_graph=True)
-            pairs = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None and f.requires_grad]
-            second = torch.autograd.grad(
-                [f for f, _ in pairs], [grad_out, *qkv], [g for _, g in pairs], allow_unused=True
-            )
-        return *second, *[None] * len(rest)
-
-    torch.library.register_autograd(f"formix::{name}", differentiate, setup_context=save, lib=_library)
-    torch.library.register_autograd(f"formix::{name}_backward", differentiate_twice, setup_context=save, lib=_library)
-
-    def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu")
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
-            return op(query.to(dtype), key.to(dtype), value.to(dtype), *rest)
-
-    _library.impl(name, autocast, "AutocastCPU")
-
-
-_library = torch.library.Library("formix", "DEF")  # keeps the registrations alive
-_register(
-    "pointwise_attention",
-    "Tensor? attn_mask, str activation, float length_exponent, SymInt? length, bool is_causal, float scale",
-    _pointwise_cpu,
-    _pointwise_backward_cpu,
-    _pointwise_reference,
-)
-_register("l1_attention", "Tensor? key_padding_mask, float eps", _l1_cpu, _l1_backward_cpu, _l1_reference)
+for _name, _kernel in (
+    ("pointwise_attention", _pointwise_cpu),
+    ("pointwise_attention_backward", _pointwise_backward_cpu),
+    ("l1_attention", _l1_cpu),
+    ("l1_attention_backward", _l1_backward_cpu),
+):
+    operators.impl(_name, _kernel, "CPU")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formix.ops import repeated
+from formix.ops import repeated, triton
 from formix.ops.masks import (
     autocast_inputs,
     check_attn_mask,
@@ -109,16 +109,21 @@ def pointwise_attention(
         "is_causal": is_causal,
         "scale": float(scale),
     }
-    native = native_module()
-    if native is None:
-        refusal: str | None = NO_KERNELS
-    elif dropout_p > 0 or attn_bias is not None:
-        refusal = f"the kernels have no {'dropout of weights' if dropout_p > 0 else 'bias of the scores'}"
-    else:
-        refusal = native.cannot_run_pointwise(query, key, value, attn_mask)
-    if choose("pointwise_attention", impl, refusal) == "native":
+
+    def refusal(impl: str) -> str | None:
+        kernels = triton if impl == "triton" else native_module()
+        if kernels is None:
+            return NO_KERNELS
+        if dropout_p > 0 or attn_bias is not None:
+            return f"the kernels have no {'dropout of weights' if dropout_p > 0 else 'bias of the scores'}"
+        return kernels.cannot_run_pointwise(query, key, value, attn_mask)
+
+    chosen = choose("pointwise_attention", impl, query.device, refusal)
+    if chosen == "native":
         options |= {"enable_gqa": enable_gqa, "signature": signature}
-        return native.pointwise_attention(query, key, value, **options)  # type: ignore[union-attr]
+        return native_module().pointwise_attention(query, key, value, **options)  # type: ignore[union-attr]
+    if chosen == "triton":
+        return triton.pointwise_attention(query, key, value, **options)  # type: ignore[arg-type]
     with without_autocast(query):
         return _reference(query, key, value, attn_bias=attn_bias, dropout_p=dropout_p, **options)  # type: ignore[arg-type]
 

@@ -7,12 +7,14 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
 import torch
+
+from formix.ops import triton
 
 Impl = Literal["auto", "reference", "native", "triton"]
 IMPLS = ("auto", "reference", "native", "triton")
@@ -94,18 +96,26 @@ def implementations() -> list[Implementation]:
                     reason="" if native else detail,
                 )
             )
-            reason = (
-                "this version of formix has no Triton kernels" if torch.cuda.is_available() else "no CUDA device here"
+            usable, where = triton.available()
+            rows.append(
+                Implementation(
+                    op=op,
+                    impl="triton",
+                    available=usable,
+                    isa=where if usable else "",
+                    reason="" if usable else where,
+                )
             )
-            rows.append(Implementation(op=op, impl="triton", available=False, isa="", reason=reason))
     return rows
 
 
-def choose(op: str, impl: str, native_refusal: str | None) -> Literal["reference", "native"]:
-    """The implementation for one call: the asked one, or for "auto" the fastest that can run it.
+def choose(
+    op: str, impl: str, device: torch.device, refusal: Callable[[str], str | None]
+) -> Literal["reference", "native", "triton"]:
+    """The implementation for one call: the asked one, or for "auto" the device's kernels where they can run it.
 
     Args:
-        native_refusal: why the native kernels cannot run this call, or None if they can.
+        refusal: of "native" or "triton": why it cannot run this call, or None if it can.
 
     Raises:
         ValueError: `impl` is unknown, or was asked for and cannot run this call.
@@ -114,14 +124,17 @@ def choose(op: str, impl: str, native_refusal: str | None) -> Literal["reference
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLS))}.")
     if impl == "reference" or (impl == "auto" and _portable):
         return "reference"
-    if impl == "native" and native_refusal is not None:
-        raise ValueError(f"impl='native' cannot run this {op}: {native_refusal}. Use impl='auto' or 'reference'.")
-    if impl == "triton":
-        reason = next(i.reason for i in implementations() if i.op in (op, ACCELERATED[0]) and i.impl == "triton")
-        raise ValueError(f"impl='triton' cannot run this {op}: {reason}. Use impl='auto' or 'reference'.")
-    chosen: Literal["reference", "native"] = "reference" if native_refusal is not None else "native"
-    if impl == "auto" and not torch.compiler.is_compiling():
-        _announce(op, chosen, native_refusal)
+    kernels: Literal["native", "triton"] = "native"
+    if impl == "triton" or (impl == "auto" and device.type == "cuda"):
+        kernels = "triton"
+    reason = refusal(kernels)
+    if impl != "auto":
+        if reason is not None:
+            raise ValueError(f"impl={impl!r} cannot run this {op}: {reason}. Use impl='auto' or 'reference'.")
+        return kernels
+    chosen: Literal["reference", "native", "triton"] = kernels if reason is None else "reference"
+    if not torch.compiler.is_compiling():
+        _announce(op, chosen, reason)
     return chosen
 
 
