@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from formix.ops import repeated
 from formix.ops.native_library import (
@@ -20,7 +19,7 @@ from formix.ops.native_library import (
     library,
     set_isa,
 )
-from formix.ops.operators import TYPES, dense, empty
+from formix.ops.operators import TYPES, cannot_take, dense, empty
 from formix.ops.operators import library as operators
 
 __all__ = [
@@ -40,7 +39,6 @@ _ACTIVATIONS = {  # FormixActivation
         ("relu", "relu2", "gelu", "gelu_erf", "softplus", "identity", "relu6", "sigmoid", "sigmoid_bias")
     )
 }
-_MAX_CHANNELS = 256
 _NO_TENSOR, _NO_MASK = (0,) * 4, (0,) * 5
 
 
@@ -63,24 +61,9 @@ def _cannot_run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     usable, reason = _USABLE
     if not usable:
         return reason
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "the kernels know backward differentiation alone, no transforms of torch.func and no forward mode"
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("mask", mask)):
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device}, and the kernels run on the CPU"
-        if name == "mask":
-            continue
-        if tensor.dtype not in _TYPES:
-            return f"{name} is {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
-        if tensor.dtype != query.dtype and not torch.is_autocast_enabled("cpu"):
-            return f"query is {query.dtype} and {name} is {tensor.dtype}"
-        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-            return f"the channels of {name} are not contiguous"
-        if tensor.shape[-1] > _MAX_CHANNELS:
-            return f"{name} has {tensor.shape[-1]} channels for each head, and the kernels take at most {_MAX_CHANNELS}"
-    return None
+    if query.device.type != "cpu":
+        return f"query is on {query.device}, and the kernels run on the CPU"
+    return cannot_take(query, key, value, mask)
 
 
 def pointwise_attention(

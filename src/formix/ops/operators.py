@@ -8,14 +8,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels
+MAX_CHANNELS = 256
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An empty [B, H, N, D] that lies in memory as [B, N, H, D]."""
     b, h, n, d = shape
     return like.new_empty((b, n, h, d)).transpose(1, 2)
+
+
+def cannot_take(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    """Why no kernel, on whatever device, takes these tensors, or None if they can be taken. Query, key and value are of
+    one type and on one device."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "the kernels know backward differentiation alone, no transforms of torch.func and no forward mode"
+    if mask is not None and mask.device != query.device:
+        return f"query is on {query.device} and the mask on {mask.device}"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype not in TYPES:
+            return f"{name} is {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
+        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+            return f"the channels of {name} are not contiguous"
+        if tensor.shape[-1] > MAX_CHANNELS:
+            return f"{name} has {tensor.shape[-1]} channels for each head, and the kernels take at most {MAX_CHANNELS}"
+    return None
 
 
 def dense(*tensors: Tensor) -> list[Tensor]:

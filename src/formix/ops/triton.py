@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from formix.ops.operators import TYPES, define, library
+from formix.ops.operators import cannot_take, define, library
 
 _FOUND = importlib.util.find_spec("triton") is not None  # once and here: torch.compile cannot trace the search
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_MAX_CHANNELS = 256
 
 
 def available() -> tuple[bool, str]:
@@ -49,18 +47,7 @@ def _cannot_run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     if not _FOUND or not (query.is_cuda or INTERPRETED):
         usable, reason = available()
         return f"query is on {query.device}, and the kernels run on GPUs" if usable else reason
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "the kernels know backward differentiation alone, no transforms of torch.func and no forward mode"
-    if mask is not None and mask.device != query.device:
-        return f"query is on {query.device} and the mask on {mask.device}"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dtype not in TYPES:
-            return f"{name} is {tensor.dtype}, and the kernels take float32, bfloat16 and float16"
-        if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-            return f"the channels of {name} are not contiguous"
-        if tensor.shape[-1] > _MAX_CHANNELS:
-            return f"{name} has {tensor.shape[-1]} channels for each head, and the kernels take at most {_MAX_CHANNELS}"
-    return None
+    return cannot_take(query, key, value, mask)
 
 
 def pointwise_attention(
