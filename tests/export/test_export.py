@@ -21,7 +21,7 @@ OTHERS = [(family, "relu") for family in ("llama", "roberta", "distilbert", "dei
 OTHERS += [(family, None) for family in ("sima", "relu_vit", "activator", "ninformer")]
 COMBINED = [("bert", "relu+paf+skip"), ("llama", "relu+skip"), ("llama", "softmax"), ("xcit", "sima"), ("cvt", "sima")]
 ALL = [*PAIRS, *OTHERS, *COMBINED]
-# Every pair is exported to ONNX, to the others one of each part. Of these one of every operator and kind of mask is fast.
+# Every pair is exported to ONNX, to the others one of each part; one of every operator and kind of mask is fast.
 TORCH = [*[pair for pair in PAIRS if pair[0] == "vit"], ("bert", "relu"), ("gpt2", "softmax"), ("gpt2", "skip")]
 ONNX = [("bert", "sima"), ("llama", "softmax"), ("activator", None)]
 OPENVINO = [("llama", "relu+skip")]
