@@ -92,9 +92,9 @@ def test_l1_kernels_compile_and_fit_into_shared_memory(name, dtype):
 
 
 def interpret(*arguments):
-    """pytest on the tests of both operators that have the Triton implementation."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_pointwise.py", "test_l1.py"]
-    command = [str(HERE / x) if x.endswith(".py") else x for x in command]
+    """pytest on tests of the operators, with the Triton implementation."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    arguments = [str(HERE / x) if x.endswith(".py") else x for x in arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, cwd=HERE.parent.parent
@@ -104,9 +104,10 @@ def interpret(*arguments):
 
 
 def test_interpreted_kernels_equal_the_formula():
-    interpret("-k", f"triton and ({' or '.join(INTERPRETED)})")
+    interpret("test_pointwise.py", "test_l1.py", "-k", f"triton and ({' or '.join(INTERPRETED)})")
 
 
 @pytest.mark.slow
-def test_interpreted_kernels_equal_the_formula_in_every_case_of_float32():
-    interpret("-k", "triton and not bfloat16 and not float16")
+@pytest.mark.parametrize("operator", ["test_pointwise.py", "test_l1.py"])  # each in a process of its own
+def test_interpreted_kernels_equal_the_formula_in_every_case_of_float32(operator):
+    interpret(operator, "-k", "triton and not bfloat16 and not float16")
