@@ -411,7 +411,7 @@ def _set(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
 
     def by_hand(model: nn.Module) -> None:
         place, _, name = part.rpartition(".")
-        setattr(model.get_submodule(place), name, change(model.get_submodule(part)))
+        setattr(model.get_submodule(place), name, change(model.get_submodule(part)).double())
 
     return by_hand
 

@@ -46,11 +46,11 @@ def test_only_visible_scores_count_in_a_decoder():
     assert figures["active/transformer.h.0.attn"] == pytest.approx((scores[visible] > 0).double().mean().item())
 
 
-def test_a_family_without_known_blocks_has_figures_of_its_mixers():
+def test_blocks_with_rotary_positions_have_all_figures():
     model = formix.create_model("vit_small_patch16_dinov3", design="relu", img_size=32, depth=2, num_classes=2)
     figures = diagnose(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
     assert [name for name in figures if name.startswith("rms/")] == ["rms/blocks.0.attn", "rms/blocks.1.attn"]
-    assert not any(name.startswith("spread/") for name in figures)
+    assert [name for name in figures if name.startswith("spread/")] == ["spread/blocks.0", "spread/blocks.1"]
 
 
 def test_a_compiled_model_is_looked_into_as_it_was_written(digits, make_model):
