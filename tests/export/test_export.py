@@ -165,6 +165,7 @@ def test_types(dtype, tmp_path):
     assert 0 < sheet.check.to_source < 0.1 * sheet.check.largest
 
 
+@pytest.mark.slow
 def test_portable_files_need_no_formix(tmp_path):
     export_model(model_of("bert", "relu+skip"), tmp_path / "model.pt2")
     code = (

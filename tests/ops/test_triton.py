@@ -103,6 +103,7 @@ def interpret(*arguments):
     assert "passed" in run.stdout
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_equal_the_formula():
     interpret("test_pointwise.py", "test_l1.py", "-k", f"triton and ({' or '.join(INTERPRETED)})")
 
