@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,17 +27,17 @@ class Program(nn.Module):
         super().__init__()
         self.model = model
 
+    @abstractmethod
     def example(self, sizes: Mapping[str, int], *, padding: str = "none", seed: int = 0) -> tuple[Tensor, ...]:
         """Inputs of these sizes of the free axes; the first sample stays whole when the others are padded."""
-        raise NotImplementedError
 
     def shape(self, port: Port, sizes: Mapping[str, int]) -> list[int]:
         """The port's shape with the free axes in numbers."""
         return [sizes[n] if isinstance(n, str) else n for n in port.shape]
 
+    @abstractmethod
     def named_outputs(self, *inputs: Tensor) -> dict[str, Tensor]:
         """The outputs by name."""
-        raise NotImplementedError
 
     def floats(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs in order, float32."""

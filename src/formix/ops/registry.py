@@ -82,30 +82,14 @@ def _native_state() -> tuple[bool, str]:
 
 def implementations() -> list[Implementation]:
     """Which implementation of which operator can run here, on which instruction set, and why not otherwise."""
-    native, detail = _native_state()
     rows = []
     for op in OPERATORS:
-        rows.append(Implementation(op=op, impl="reference", available=True, isa="any device of PyTorch", reason=""))
+        states = {"reference": (True, "any device of PyTorch")}
         if op in ACCELERATED:
-            rows.append(
-                Implementation(
-                    op=op,
-                    impl="native",
-                    available=native,
-                    isa=detail if native else "",
-                    reason="" if native else detail,
-                )
-            )
-            usable, where = triton.available()
-            rows.append(
-                Implementation(
-                    op=op,
-                    impl="triton",
-                    available=usable,
-                    isa=where if usable else "",
-                    reason="" if usable else where,
-                )
-            )
+            states |= {"native": _native_state(), "triton": triton.available()}
+        for impl, (usable, told) in states.items():
+            isa, reason = (told, "") if usable else ("", told)
+            rows.append(Implementation(op=op, impl=impl, available=usable, isa=isa, reason=reason))
     return rows
 
 
