@@ -1,324 +1,10 @@
-// SimA (arXiv 2206.08898): O = Q diag(c) K^T V with c_j = 1 / (max(|q_:j|_1, eps) max(|k_:j|_1, eps)).
-//
-// K and V are read once: while a piece of K is in cache for K^T V its column sums are taken too. The D x Dv product is then
-// scaled by c and applied to Q. Everything is summed in fp32; where there are bf16 instructions, c K^T V is rounded to bf16
-// for the second product of bf16 inputs.
-//
-// With c_j = a_j b_j (a of the queries, b of the keys), M = diag(b) K^T V and G = diag(a) Q^T dO, the gradients are
-//   dQ = dO M^T diag(a) + sign(Q) diag(u),  dK = V G^T diag(b) + sign(K) diag(w),  dV = K diag(b) G,
-//   u_j = -(G M^T)_jj / |q_:j|_1,  w_j likewise with k; zero where eps is larger than the norm.
-//
-// K^T V and Q^T dO may leave fp32's range where M and G are far from it. They are then summed once more, with every channel
-// of K or Q times a power of two that its norm gives, which rounds nothing.
+// SimA over threads and caches: who sums and multiplies which heads and tokens. The mathematics stands in l1_head.h.
 #pragma once
 #include <stdlib.h>
 
-#include "pack.h"
-#include "parts.h"
+#include "l1_head.h"
 #include "memory.h"
-
-#if defined(FORMIX_TILES)
-constexpr int TOKENS = 64;  // rows of a piece
-#else
-constexpr int TOKENS = 48;
-#endif
-
-template <class T> struct L1Task {  // one (batch, head)
-  using unit = typename T::unit;
-  static constexpr bool pairs = T::per_unit == 2;
-  const FormixL1 &p;
-  const long b, h;
-  const int D, Dv, Dp, Dvp;  // ..p: padded to vectors
-  Padding keys, queries;
-  // Sums over tokens, of one part of them or all. Times the powers of two of k (M) and q (G) if the first number is not 0.
-  float *shrunk_M, *shrunk_G;      // one each
-  float *q_norm, *k_norm, *M, *G;  // [Dp], [Dp], [D][Dvp], [D][Dvp]: K^T V and Q^T dO
-  // Products: what follows from them.
-  unit *CM, *CG, *MtC, *GtC;  // [units of D][Dvp] twice, [units of Dv][Dp] twice
-  float *u, *w;               // [Dp], [Dp]
-  // Working memory.
-  unit *left, *right;    // [TOKENS][LDA] each: a piece of two inputs
-  float *rows, *values;  // [TOKENS][LDA] each: a piece of the output, and of an input in floats
-  float *scaled;         // [max(D, Dv)][max(Dp, Dvp)]
-  unit *turned;          // with tiles: `left` transposed, [Dp or Dvp][LDA]
-
-  // What the forward does not need comes last.
-  static long sums_size(const FormixL1 &p, bool backward) {
-    const long matrix = p.D * round_up(p.Dv, W);
-    return round_up(16 + (backward ? 2 : 1) * matrix + 2 * round_up(p.D, W), 16);
-  }
-  static long products_size(const FormixL1 &p, bool backward) {
-    const long Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
-    return round_up(backward ? 2 * p.D * Dvp + 2 * p.Dv * Dp + 2 * Dp : p.D * Dvp, 16);
-  }
-  static long memory_size(const FormixL1 &p) {
-    const long Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
-    return Dp * Dvp + 4L * TOKENS * LDA + (T::tiles ? greatest(Dp, Dvp) * LDA : 0);
-  }
-  L1Task(const FormixL1 &p, long b, long h, float *sums, float *products, float *memory)
-      : p(p), b(b), h(h), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {
-    if (p.mask.data) keys = {p.mask.data + b * p.mask.batch, p.mask.key};
-    if (p.mask_queries) queries = keys;
-    shrunk_M = sums, shrunk_G = sums + 1, q_norm = sums + 16, k_norm = q_norm + Dp, M = k_norm + Dp, G = M + D * Dvp;
-    CM = (unit *)products, CG = CM + D * Dvp, MtC = CG + D * Dvp, GtC = MtC + Dv * Dp;
-    u = (float *)(GtC + Dv * Dp), w = u + Dp;
-    left = (unit *)memory, right = left + TOKENS * LDA, rows = memory + 2 * TOKENS * LDA, values = rows + TOKENS * LDA;
-    scaled = values + TOKENS * LDA, turned = (unit *)(scaled + Dp * Dvp);
-  }
-
-  void read_rows(const FormixTensor &t, long first, int n, int channels, unit *to) const {
-    const int units = (channels + T::per_unit - 1) / T::per_unit;
-    for (int i = 0; i < n; i++)
-      read_units<T>(row_of(t, p.type, b, h, first + i), p.type, channels, round_up(units, W), to + i * LDA);
-  }
-  void read_columns(const FormixTensor &t, long first, int n, int channels, const Padding &padding, unit *to) const {
-    pack_rows<T>(t, p.type, b, h, first, n, channels, to, LDA, padding);
-  }
-  Prefetch prefetch(const FormixTensor &t, long first, long end, int channels) const {
-    return {t, p.type, b, h, 1, first, least((long)TOKENS, end - first), channels};
-  }
-  void write(const FormixTensor &t, long first, int n, int channels, const Padding &padding) const {
-    alignas(64) static const float zeros[256] = {};
-    for (int i = 0; i < n; i++)
-      write_row((void *)row_of(t, p.type, b, h, first + i), p.type, channels,
-                padding.masked(first + i) ? zeros : rows + i * LDA);
-  }
-
-  // sums[j] += |x_:j| over the n tokens that read_columns has laid out
-  static void add_absolute(const unit *x, int n, int padded, float *sums) {
-    const int units = (n + T::per_unit - 1) / T::per_unit;
-    for (int d = 0; d < padded; d += W) {
-      vf even = vf{}, odd = vf{};
-      for (int i = 0; i < units; i++) {
-        vu value = load((const uint32_t *)x + i * LDA + d);
-        if constexpr (pairs)
-          even += vabs((vf)(value << 16)), odd += vabs((vf)(value & 0xffff0000u));
-        else if (i & 1)
-          odd += vabs((vf)value);
-        else
-          even += vabs((vf)value);
-      }
-      store(sums + d, load(sums + d) + (even + odd));
-    }
-  }
-  // The same of rows where they are.
-  void add_absolute(const FormixTensor &x, long first, int n, const Padding &padding, float *sums) const {
-    for (int d = 0; d < Dp; d += W) {
-      vf sum[2] = {};
-      for (int i = 0; i < n; i++)
-        if (!padding.masked(first + i)) sum[i & 1] += vabs(read_floats(row_of(x, p.type, b, h, first + i), p.type, D, d));
-      store(sums + d, load(sums + d) + (sum[0] + sum[1]));
-    }
-  }
-  static constexpr int STEP = T::tiles ? 32 : MR;  // rows that a product takes at once
-  static long outer_steps(long channels, long columns) {
-    return (columns + NR - 1) / NR * ((channels + STEP - 1) / STEP);
-  }
-  // C [left channels][right padded] += X^T Y over n tokens, X in `left`, Y in `right`; memory that is needed next is asked
-  // for meanwhile
-  void add_outer(int channels, int columns, int n, float *c, Ahead &ahead) const {
-    const int units = (n + T::per_unit - 1) / T::per_unit, ldc = round_up(columns, W);
-    if constexpr (T::tiles) transpose_units((const uint32_t *)left, LDA, units, round_up(channels, W), (uint32_t *)turned);
-    for (int d = 0; d < columns; d += NR)
-      for (int i = 0; i < channels; i += STEP) {
-        const int m = least(STEP, channels - i);
-        if constexpr (T::tiles)
-          gemm_panel<T, false, ADD>(m, columns - d, units, turned + i * LDA, 0, right + d, LDA, c + i * ldc + d, ldc);
-        else
-          gemm_panel<T, true, ADD>(m, columns - d, units, left + i, LDA, right + d, LDA, c + i * ldc + d, ldc);
-        ahead.some();
-      }
-  }
-  // to[n][ld] = left[n][channels] B, all the columns that B is padded to
-  void multiply(int n, int channels, const unit *B, int columns, float *to, long ld, Prefetch soon) const {
-    const int units = (channels + T::per_unit - 1) / T::per_unit;
-    for (int d = 0; d < columns; d += NR)
-      for (int i = 0; i < n; i += STEP) {
-        gemm_panel<T, false, SET>(least(STEP, n - i), columns - d, units, left + i * LDA, 0, B + d, round_up(columns, W),
-                                  to + i * ld + d, ld);
-        soon.some(TOKENS * STEP / MR);
-      }
-  }
-
-  // A power of two that makes a norm above 1 at most 1; of an infinite one it is the smallest normal number.
-  static float power_of(float norm) {
-    uint32_t bits;
-    memcpy(&bits, &norm, 4);
-    bits = (uint32_t)greatest(1, 253 - (int)(bits >> 23)) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return norm > 1 ? power : 1;
-  }
-  // to[j] = 1 / max(|x_:j|_1, eps), over the power of two that the channel has been multiplied by
-  void factors(const float *norm, bool shrunk, float *to) const {
-    const vf eps = splat((float)p.eps);
-    for (int d = 0; d < Dp; d += W) store(to + d, 1.0f / vmax(eps, load(norm + d)));
-    for (int j = 0; shrunk && j < D; j++) to[j] = 1.0f / (greatest((float)p.eps, norm[j]) * power_of(norm[j]));
-  }
-  static bool any(vi condition) {
-    int any = 0;
-    for (int i = 0; i < W; i++) any |= condition[i];
-    return any;
-  }
-  // Is 1 / norm next to fp32's subnormal numbers, which bf16 instructions take for 0?
-  bool large(const float *norm) const {
-    vi above = vi{};
-    for (int d = 0; d < Dp; d += W) above |= (vi)(load(norm + d) > 0x1p64f);
-    return any(above);
-  }
-  bool finite(const float *product) const {
-    const vu infinite = vu{} + 0x7f800000u;
-    vi not_finite[2] = {};
-    for (long i = 0; i < D * Dvp; i += W) not_finite[i / W & 1] |= (vi)(((vu)load(product + i) & infinite) == infinite);
-    return !any(not_finite[0] | not_finite[1]);
-  }
-  // Every channel in `left` times its power of two. Rows of `left` hold `side` elements of a channel side by side.
-  void shrink(int rows, int side, const float *norm) const {
-    for (int i = 0; i < rows; i++)
-      for (int d = 0; d < D; d++)
-        for (int s = 0; s < side; s++)
-          if constexpr (pairs) {
-            char *at = (char *)(left + i * LDA) + 2 * (d * side + s);
-            uint32_t bits = 0;
-            memcpy((char *)&bits + 2, at, 2);
-            float value;
-            memcpy(&value, &bits, 4);
-            value *= power_of(norm[d]);
-            memcpy(at, (char *)&value + 2, 2);
-          } else {
-            left[i * LDA + d] *= power_of(norm[d]);
-          }
-  }
-  // If the product X^T Y is not finite it is formed from all tokens anew, with the channels of X times their powers of two.
-  void sum_again(const FormixTensor &x, const FormixTensor &y, long tokens, const Padding &padding, const float *norm,
-                 float *product, float *shrunk) const {
-    if (finite(product)) return;
-    memset(product, 0, sizeof(float) * D * Dvp);
-    Ahead nothing;
-    for (long i = 0; i < tokens; i += TOKENS) {
-      const int n = least((long)TOKENS, tokens - i);
-      read_columns(x, i, n, D, padding, left);
-      shrink((n + T::per_unit - 1) / T::per_unit, T::per_unit, norm);
-      read_columns(y, i, n, Dv, padding, right);
-      add_outer(D, Dv, n, product, nothing);
-    }
-    *shrunk = 1;
-  }
-
-  // Adds query tokens q0 .. q1 and key tokens k0 .. k1 to the sums.
-  void sum(long q0, long q1, long k0, long k1, bool backward, Ahead &ahead) const {
-    for (long i = k0; i < k1; i += TOKENS) {
-      const int n = least((long)TOKENS, k1 - i);
-      read_columns(p.k, i, n, D, keys, left);
-      read_columns(p.v, i, n, Dv, keys, right);
-      add_absolute(left, n, Dp, k_norm);
-      add_outer(D, Dv, n, M, ahead);
-    }
-    for (long i = q0; i < q1; i += TOKENS) {
-      const int n = least((long)TOKENS, q1 - i);
-      if (!backward) {
-        add_absolute(p.q, i, n, queries, q_norm);
-        continue;
-      }
-      read_columns(p.q, i, n, D, queries, left);
-      add_absolute(left, n, Dp, q_norm);
-      read_columns(p.grad_out, i, n, Dv, queries, right);
-      add_outer(D, Dv, n, G, ahead);
-    }
-  }
-
-  // Of all tokens.
-  void check_sums(bool backward) const {
-    sum_again(p.k, p.v, p.Nk, keys, k_norm, M, shrunk_M);
-    if (backward) sum_again(p.q, p.grad_out, p.Nq, queries, q_norm, G, shrunk_G);
-  }
-
-  // The small matrices that the tokens are multiplied by.
-  void scale_sums(bool backward) const {
-    alignas(64) float M_scale[256], G_scale[256], q_scale[256], k_scale[256], dot[256];
-    factors(k_norm, *shrunk_M, M_scale);  // K^T V -> M
-    auto scale_into = [&](const float *from, const float *first, const float *second, unit *to) {
-      for (int j = 0; j < D; j++)
-        for (int d = 0; d < Dvp; d += W) store(scaled + j * Dvp + d, load(from + j * Dvp + d) * first[j] * second[j]);
-      pack_matrix<T>(scaled, D, Dvp, to);
-    };
-    auto transpose_into = [&](const float *from, const float *first, const float *second, unit *to) {
-      for (int d = 0; d < Dv; d++)
-        for (int j = 0; j < Dp; j++) scaled[d * Dp + j] = j < D ? from[j * Dvp + d] * first[j] * second[j] : 0.0f;
-      pack_matrix<T>(scaled, Dv, Dp, to);
-    };
-    if (!backward) {
-      factors(q_norm, large(q_norm), q_scale);
-      return scale_into(M, M_scale, q_scale, CM);
-    }
-    factors(q_norm, *shrunk_G, G_scale);  // Q^T dO -> G
-    factors(k_norm, large(k_norm), k_scale);
-    scale_into(G, G_scale, k_scale, CG);
-    factors(q_norm, false, q_scale), factors(k_norm, false, k_scale);
-    transpose_into(M, M_scale, q_scale, MtC);
-    transpose_into(G, G_scale, k_scale, GtC);
-    for (int j = 0; j < D; j++) {
-      vf sum = vf{};
-      for (int d = 0; d < Dvp; d += W)
-        sum += (load(M + j * Dvp + d) * M_scale[j]) * (load(G + j * Dvp + d) * G_scale[j]);
-      dot[j] = 0;
-      for (int i = 0; i < W; i++) dot[j] += sum[i];
-    }
-    const float eps = (float)p.eps;
-    for (int j = 0; j < Dp; j++) {
-      u[j] = j >= D || q_norm[j] < eps ? 0.0f : -dot[j] / q_norm[j];
-      w[j] = j >= D || k_norm[j] < eps ? 0.0f : -dot[j] / k_norm[j];
-    }
-  }
-
-  // rows += sign(x) slope: what the norm over the tokens adds to a gradient
-  void add_sign(const FormixTensor &x, long first, int n, const float *slope) const {
-    for (int i = 0; i < n; i++) {
-      read_row(row_of(x, p.type, b, h, first + i), p.type, D, Dp, values);
-      for (int d = 0; d < Dp; d += W) {
-        vf value = load(values + d), s = load(slope + d);
-        vf signed_slope = (vf)((vu)s ^ ((vu)value & 0x80000000u));
-        store(rows + i * LDA + d, load(rows + i * LDA + d) + keep(value != 0.0f, signed_slope));
-      }
-    }
-  }
-
-  void forward(long q0, long q1) const {
-    const bool shrunk = large(q_norm);
-    for (long i = q0; i < q1; i += TOKENS) {
-      const int n = least((long)TOKENS, q1 - i);
-      read_rows(p.q, i, n, D, left);
-      if (shrunk) shrink(n, 1, q_norm);
-      if (p.type == FORMIX_F32 && Dv % W == 0 && !queries.tokens) {  // straight to where it belongs
-        multiply(n, D, CM, Dv, (float *)row_of(p.out, p.type, b, h, i), p.out.token, prefetch(p.out, i, q1, Dv));
-        continue;
-      }
-      multiply(n, D, CM, Dv, rows, LDA, prefetch(p.out, i, q1, Dv));
-      write(p.out, i, n, Dv, queries);
-    }
-  }
-  void backward(long q0, long q1, long k0, long k1) const {
-    for (long i = q0; i < q1; i += TOKENS) {
-      const int n = least((long)TOKENS, q1 - i);
-      read_rows(p.grad_out, i, n, Dv, left);
-      multiply(n, Dv, MtC, D, rows, LDA, prefetch(p.grad_q, i, q1, D));
-      add_sign(p.q, i, n, u);
-      write(p.grad_q, i, n, D, queries);
-    }
-    const bool shrunk = large(k_norm);
-    for (long i = k0; i < k1; i += TOKENS) {
-      const int n = least((long)TOKENS, k1 - i);
-      read_rows(p.k, i, n, D, left);
-      if (shrunk) shrink(n, 1, k_norm);
-      multiply(n, D, CG, Dv, rows, LDA, prefetch(p.grad_v, i, k1, Dv));
-      write(p.grad_v, i, n, Dv, keys);
-      read_rows(p.v, i, n, Dv, left);
-      multiply(n, Dv, GtC, D, rows, LDA, prefetch(p.grad_k, i, k1, D));
-      add_sign(p.k, i, n, w);
-      write(p.grad_k, i, n, D, keys);
-    }
-  }
-};
+#include "parts.h"
 
 // What a thread does at a time: heads h0 .. h1 of one batch entry, some of its tokens. In a packed projection the heads of a
 // token lie side by side, so the tokens are gone through in chunks that stay in L2, all heads of a chunk one after another.
@@ -347,9 +33,9 @@ template <class T> struct L1Work {
   long chunks() const { return (greatest(q1 - q0, k1 - k0) + chunk - 1) / chunk; }
   static long at(long first, long last, long offset) { return least(last, first + offset); }
 
-  L1Task<T> task(long h) const {
-    return {p, b, h, sums + (h - h0) * L1Task<T>::sums_size(p, backward),
-            products + (h - h0) * L1Task<T>::products_size(p, backward), memory};
+  L1Head<T> head(long h) const {
+    return {p, b, h, sums + (h - h0) * L1Head<T>::sums_size(p, backward),
+            products + (h - h0) * L1Head<T>::products_size(p, backward), memory};
   }
   Ahead ahead(long offset) const {  // the chunk after the one at `offset`
     Ahead rows;
@@ -362,40 +48,40 @@ template <class T> struct L1Work {
     };
     add(p.k, k0, k1, p.D), add(p.v, k0, k1, p.Dv), add(p.q, q0, q1, p.D);
     if (backward) add(p.grad_out, q0, q1, p.Dv);
-    rows.spread(chunk / TOKENS * (backward ? 2 : 1) * (h1 - h0) * L1Task<T>::outer_steps(p.D, p.Dv));
+    rows.spread(chunk / TOKENS * (backward ? 2 : 1) * (h1 - h0) * L1Head<T>::outer_steps(p.D, p.Dv));
     return rows;
   }
 
   void sum() const {
-    memset(sums, 0, sizeof(float) * (h1 - h0) * L1Task<T>::sums_size(p, backward));
+    memset(sums, 0, sizeof(float) * (h1 - h0) * L1Head<T>::sums_size(p, backward));
     for (long i = 0; i < chunks() * chunk; i += chunk) {
       Ahead rows = ahead(i);
       for (long h = h0; h < h1; h++)
-        task(h).sum(at(q0, q1, i), at(q0, q1, i + chunk), at(k0, k1, i), at(k0, k1, i + chunk), backward, rows);
+        head(h).sum(at(q0, q1, i), at(q0, q1, i + chunk), at(k0, k1, i), at(k0, k1, i + chunk), backward, rows);
     }
   }
   void check() const {
-    for (long h = h0; h < h1; h++) task(h).check_sums(backward);
+    for (long h = h0; h < h1; h++) head(h).check_sums(backward);
   }
   void apply() const {
-    for (long h = h0; h < h1; h++) task(h).scale_sums(backward);
+    for (long h = h0; h < h1; h++) head(h).scale_sums(backward);
     for (long i = 0; i < chunks() * chunk; i += chunk)
       for (long h = h0; h < h1; h++) {
         if (backward)
-          task(h).backward(at(q0, q1, i), at(q0, q1, i + chunk), at(k0, k1, i), at(k0, k1, i + chunk));
+          head(h).backward(at(q0, q1, i), at(q0, q1, i + chunk), at(k0, k1, i), at(k0, k1, i + chunk));
         else
-          task(h).forward(at(q0, q1, i), at(q0, q1, i + chunk));
+          head(h).forward(at(q0, q1, i), at(q0, q1, i + chunk));
       }
   }
 };
 
 template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
-  using Task = L1Task<T>;
+  using Head = L1Head<T>;
   // All heads of a batch entry together; short sequences that would leave threads idle by single heads.
   const long longest = greatest(p.Nq, p.Nk), groups = p.B % p.threads && longest < 1024 ? p.H : 1, heads = p.H / groups;
   const long parts = parts_for(p.B * groups, p.threads, (longest + 4 * TOKENS - 1) / (4 * TOKENS), false);
   const long tasks = p.B * groups * parts, at_once = tasks_at_once(tasks, p.threads, longest, false);
-  const long sums_size = heads * Task::sums_size(p, BACKWARD), products_size = heads * Task::products_size(p, BACKWARD);
+  const long sums_size = heads * Head::sums_size(p, BACKWARD), products_size = heads * Head::products_size(p, BACKWARD);
   float *sums = nullptr;  // of all tasks, if the parts of a sequence have to be added up
   if (parts > 1 && !(sums = (float *)malloc(4 * tasks * sums_size))) return 1;
   int failed = 0;
@@ -403,7 +89,7 @@ template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
   {
     typename T::session session;
     (void)session;
-    auto *memory = (float *)formix::scratch(4 * (Task::memory_size(p) + products_size + sums_size));
+    auto *memory = (float *)formix::scratch(4 * (Head::memory_size(p) + products_size + sums_size));
     if (!memory) failed = 1;
     auto work_of = [&](long task) {
       const long group = task / parts % groups;
