@@ -11,10 +11,10 @@ demo: $(VENV)/.installed
 	$(BIN)/formix compare studies/demo-images.yaml studies/demo-text.yaml --out runs/demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

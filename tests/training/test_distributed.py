@@ -1,5 +1,6 @@
 """Several processes compute what one does: gloo on the CPU, as copies (DDP) and in shards (FSDP2)."""
 
+import functools
 import json
 import os
 import subprocess
@@ -17,6 +18,12 @@ from formix.cli import main
 DESIGNS = ["softmax", "relu", "sima", "activator", "paf", "skip"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+
+
+@functools.cache
+def undisturbed(*designs: str) -> dict[str, Any]:
+    """What one process computes from the first step to the last."""
+    return distributed_run.main({"designs": list(designs)})
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -43,19 +50,18 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 def test_a_run_may_change_its_number_of_processes_and_between_ddp_and_fsdp(tmp_path, designs):
     """Two copies, stopped by a signal; two shards, stopped; one process to the end."""
     common = {"designs": designs, "checkpoints": str(tmp_path / "checkpoints")}
-    undisturbed = distributed_run.main({"designs": designs})
     out = tmp_path / "out.json"
     assert distributed_run.launch(2, out, {**common, "parallel": "ddp", "stop_at": 13}) == {}
     assert distributed_run.launch(2, out, {**common, "parallel": "fsdp", "stop_at": 31}) == {}
     ended = distributed_run.main(common)
     assert ended["relu"]["first"] == 33
-    assert_same(undisturbed, ended)
+    assert_same(undisturbed(*designs), ended)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_every_design_has_the_losses_and_the_average_of_the_single_process_over_50_steps(tmp_path, parallel):
-    single = distributed_run.main({"designs": DESIGNS})
+    single = undisturbed(*DESIGNS)
     assert len(single["softmax"]["losses"]) == 50
     assert_same(single, distributed_run.launch(2, tmp_path / "out", {"designs": DESIGNS, "parallel": parallel}))
 
@@ -65,7 +71,7 @@ def test_a_run_begun_on_one_process_ends_on_two(tmp_path):
     common = {"designs": DESIGNS, "checkpoints": str(tmp_path / "checkpoints")}
     assert distributed_run.main({**common, "stop_at": 20}) == {}
     ended = distributed_run.launch(2, tmp_path / "out", {**common, "parallel": "fsdp"})
-    assert_same(distributed_run.main({"designs": DESIGNS}), ended)
+    assert_same(undisturbed(*DESIGNS), ended)
 
 
 @pytest.mark.slow
@@ -76,7 +82,7 @@ def test_the_usual_launchers_start_it(tmp_path, launcher):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(distributed_run.main({"designs": ["paf"]}), json.loads(Path(out).read_text()))
+    assert_same(undisturbed("paf"), json.loads(Path(out).read_text()))
 
 
 def test_a_process_that_is_killed_ends_the_run_with_a_message_and_it_goes_on(tmp_path):
