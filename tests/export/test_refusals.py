@@ -1,15 +1,21 @@
 """What cannot be exported is refused in a sentence, and a file that differs from its model is not written."""
 
+import copy
 import importlib.util
 
 import pytest
+import timm
 import torch
 from exported_models import model_of
+from timm.models import save_for_hf
+from transformers import BertConfig, BertModel
 
 import formix
 from formix.cli import main
 from formix.export import export_model, verify
 from formix.export.program import ImageProgram, TextProgram
+
+TINY = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 60}
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +26,24 @@ def saved(tmp_path_factory):
     formix.save(model_of("bert", "relu"), root / "bert")
     formix.save(model_of("gpt2", "relu", task="sequence-classification", pad_token_id=None), root / "gpt2")
     formix.save(model_of("cvt", "relu"), root / "cvt")
+    formix.save(model_of("vit", "relu", dynamic_img_size=True), root / "any-size")
+    mixed = model_of("vit", "relu")
+    mixed.head.bfloat16()
+    formix.save(mixed, root / "mixed")
+    for kind in ("dynamic", "longrope"):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+        formix.save(model_of("llama", "relu", rope_parameters={**rope, **factors}), root / kind)
+    save_for_hf(timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=3), root / "timm")
+    BertModel(BertConfig(**TINY)).save_pretrained(root / "stock")
     return root
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "sentence"),
     [
-        ("vit", ["--out=out"], "format is missing"),
+        ("vit", ["--out=out"], "out is out, whose name is of no format; give a file (.pt2, .onnx, .xml)"),
+        ("vit", ["--out=out.tflite"], "out is out.tflite, whose name is of no format"),
         ("vit", ["--out=out", "--format=tflite"], "it must be one of 'torch', 'onnx', 'openvino'"),
         ("vit", ["--out=out.onnx", "--format=torch"], "a file of onnx, and format is 'torch'"),
         ("vit", ["--out=out.bin", "--format=onnx"], "a file whose name ends in .onnx"),
@@ -43,6 +60,12 @@ def saved(tmp_path_factory):
         ("bert", ["--out=out.pt2", "--img-size=64"], "reads text; leave it out"),
         ("gpt2", ["--out=out.pt2"], "its config names no pad_token_id"),
         ("cvt", ["--out=out.pt2"], "takes images of any size; give --img-size"),
+        ("any-size", ["--out=out.pt2", "--img-size=40"], "Input height (40) should be divisible by patch size (16)"),
+        ("mixed", ["--out=out.pt2"], "The weights are bfloat16 and float32; save the model in one type"),
+        ("dynamic", ["--out=out.pt2"], "(rope_type 'dynamic') depend on the longest text"),
+        ("longrope", ["--out=out.pt2"], "(rope_type 'longrope') depend on the longest text"),
+        ("timm", ["--out=out.pt2"], "load it with timm, or make a directory of formix's: formix convert "),
+        ("stock", ["--out=out.pt2"], "stock --design=softmax --out=DIR"),
         ("nowhere", ["--out=out.pt2"], "it has no config.json"),
     ],
 )
@@ -61,6 +84,18 @@ def test_a_missing_package_is_named(format, package, saved, tmp_path, monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     with pytest.raises(ValueError, match=rf"needs {package}; pip install formix\[{format}\]"):
         export_model(saved / "vit", tmp_path, format=format)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"img_size": (32, 32)}, r"img_size is \(32, 32\); it must be a whole number"),
+        ({"tolerance": "little"}, "tolerance is 'little'; it must be 0 or more"),
+    ],
+)
+def test_wrong_types(wrong, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        export_model(model_of("vit", "relu"), tmp_path / "model.pt2", **wrong)
 
 
 def test_a_model_of_others_is_refused(tmp_path):
@@ -126,6 +161,10 @@ def test_a_model_that_gives_no_numbers_is_refused():
     program = ImageProgram(model, (3, 32, 32)).eval()
     with pytest.raises(ValueError, match="not finite"):
         verify.check(program, program, program, runtime="a runtime", tolerance=1e-4)
+    torch.nn.init.constant_(model.head.bias, 1e6)
+    half = ImageProgram(copy.deepcopy(model).half(), (3, 32, 32)).eval()
+    with pytest.raises(ValueError, match="In float16 the model gives numbers that are not finite"):
+        verify.check(half, program, half, runtime="a runtime", tolerance=1e-4)
 
 
 def test_outputs_that_are_all_0_are_said(tmp_path, caplog):

@@ -11,7 +11,10 @@ from transformers import BertTokenizerFast
 
 import formix
 from formix.export import Sheet, export_model
+from formix.export.core import _notes, _text
+from formix.export.program import TextProgram
 from formix.export.sheet import Check
+from formix.export.source import read_source
 from formix.records import read
 
 
@@ -75,11 +78,37 @@ def test_text_has_its_tokenizer_beside_it(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (saved / name).read_bytes()
     assert sheet.labels == ("bad", "good")
     assert (sheet.text["vocab_size"], sheet.text["pad_token_id"]) == (60, 1)
+    assert sheet.text["problem_type"] == "single_label_classification"
 
     export_model(saved, tmp_path / "out", format="torch")  # the same files are not in the way
     (tmp_path / "out" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is in the way"):
         export_model(saved, tmp_path / "out", format="torch")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [({"num_labels": 1}, "regression"), ({"problem_type": "multi_label_classification"}, "multi_label_classification")],
+)
+def test_what_the_numbers_of_a_classifier_are(fields, problem):
+    found = read_source(model_of("bert", "relu", task="sequence-classification", **fields))
+    assert _text(found, TextProgram(found.model, found.task))["problem_type"] == problem
+
+
+def test_labels_are_of_classes():
+    """A trunk's or language model's config keeps the names of a classifier that it came from."""
+    names = {0: "bad", 1: "good"}
+    assert read_source(model_of("bert", "relu", task="token-classification", id2label=names)).labels == ("bad", "good")
+    trunk = read_source(model_of("bert", "relu", task="features", id2label=names))
+    assert trunk.labels is None
+    notes = _notes(trunk, TextProgram(trunk.model, trunk.task), "torch", [], False)
+    assert any("mean of last_hidden_state" in note for note in notes)
+    assert read_source(model_of("bert", "relu", task="masked-lm", id2label=names)).labels is None
+
+
+def test_statistics_are_of_the_channels():
+    image = read_source(model_of("vit", "relu", in_chans=1)).image
+    assert (image["input_size"], image["mean"], image["std"]) == ((1, 32, 32), (0.5,), (0.5,))
 
 
 def test_properties_of_the_other_formats(tmp_path):

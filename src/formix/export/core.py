@@ -73,12 +73,15 @@ def export_model(
     out = Path(out)
     format, path = _place(out, format)
     kind = formats.find(format)
-    _check_options(format, batch, tokens, opset, tolerance, dtype, kernels)
+    _check_options(format, batch, tokens, img_size, opset, tolerance, dtype, kernels)
     found = read_source(source, img_size=img_size)
     companions = _companions(found, path)
     original = found.model if isinstance(source, str | Path) else copy.deepcopy(found.model)
-    original = original.eval().requires_grad_(False)
-    own = str(next(original.parameters()).dtype).removeprefix("torch.")
+    original = original.cpu().eval().requires_grad_(False)
+    types = sorted({str(p.dtype).removeprefix("torch.") for p in original.parameters()})
+    if len(types) > 1:
+        raise ValueError(f"The weights are {' and '.join(types)}; save the model in one type: model.to(torch.float32).")
+    (own,) = types
     chosen = dtype or own
     if chosen not in DTYPES:
         raise ValueError(f"The weights are {own}, which no format has; give --dtype, one of {', '.join(DTYPES)}.")
@@ -147,7 +150,8 @@ def _place(out: Path, format: str | None) -> tuple[str, Path]:
     named = by_suffix.get(out.suffix)
     if format is None and named is None:
         raise ValueError(
-            f"format is missing; give one of {', '.join(formats.FORMATS)}, or a file ({', '.join(by_suffix)})."
+            f"out is {out}, whose name is of no format; give a file ({', '.join(by_suffix)}), or a directory and a "
+            f"format, one of {', '.join(formats.FORMATS)}."
         )
     if format is not None and format not in formats.FORMATS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(map(repr, formats.FORMATS))}.")
@@ -170,18 +174,19 @@ def _check_options(
     format: str,
     batch: int | None,
     tokens: int | None,
+    img_size: int | None,
     opset: int | None,
     tolerance: float | None,
     dtype: str | None,
     kernels: bool,
 ) -> None:
-    for name, value in (("batch", batch), ("tokens", tokens)):
+    for name, value in (("batch", batch), ("tokens", tokens), ("img_size", img_size)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more, or left out for any.")
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more, or left out.")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}.")
-    if tolerance is not None and not 0 <= tolerance < float("inf"):
-        raise ValueError(f"tolerance is {tolerance}; it must be 0 or more.")
+    if tolerance is not None and not (isinstance(tolerance, int | float) and 0 <= tolerance < float("inf")):
+        raise ValueError(f"tolerance is {tolerance!r}; it must be 0 or more.")
     if opset is not None and format != "onnx":
         raise ValueError(f"opset is {opset}, and {format} has none; leave it out.")
     if opset is not None:
@@ -204,6 +209,12 @@ def _program(found: Source, model: Any, batch: int | None, tokens: int | None) -
 
     config = model.config
     check_length(model, tokens or 0)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"The rotary positions of this model (rope_type {rope!r}) depend on the longest text of a call, which no "
+            "file can hold; types with the same angles in every call can be exported, such as 'yarn' and 'llama3'."
+        )
     last_token = found.task == "sequence-classification" and model.config.model_type in ("formix_gpt2", "formix_llama")
     if last_token and config.pad_token_id is None and batch != 1:
         raise ValueError(
@@ -239,13 +250,19 @@ def _text(found: Source, program: Program) -> dict[str, Any] | None:
         return None
     config = program.model.config
     files = [p.name for p in found.companions if p.name not in ("preprocessor_config.json", "generation_config.json")]
-    return {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id, "tokenizer_files": files}
+    text = {"vocab_size": config.vocab_size, "pad_token_id": config.pad_token_id, "tokenizer_files": files}
+    if found.task == "sequence-classification":
+        single = "regression" if config.num_labels == 1 else "single_label_classification"
+        text["problem_type"] = config.problem_type or single
+    return text
 
 
 def _notes(found: Source, program: Program, format: str, unread: list[str], kernels: bool) -> list[str]:
     notes = []
     if isinstance(program, TextProgram) and not any(p.name.startswith(TOKENIZER) for p in found.companions):
         notes.append("no tokenizer lies beside the model: input_ids have to be made as in its training")
+    if isinstance(program, TextProgram) and program.task == "features" and not program.decoder:
+        notes.append("formix's embedding: the mean of last_hidden_state where attention_mask is 1, of unit length")
     if isinstance(program, TextProgram) and program.decoder:
         notes.append("no cache: every call computes all its tokens")
         notes.append("positions count the ones of attention_mask, so padding may stand on either side")

@@ -153,7 +153,7 @@ def trace(program: Program, sizes: Mapping[str, int]) -> torch.export.ExportedPr
     try:
         with torch.no_grad():
             exported = torch.export.export(program, program.example(sizes), dynamic_shapes=dynamic_shapes(program))
-    except (RuntimeError, ValueError, TypeError) as error:  # torch.export's errors are of these
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # torch.export's and timm's are of these
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"torch.export cannot trace this {type(program.model).__name__}: {reason}") from error
     for node in exported.graph.nodes:

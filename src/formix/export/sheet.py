@@ -67,7 +67,9 @@ class Sheet:
     outputs: tuple[Port, ...]
     axes: dict[str, Axis]
     image: dict[str, Any] | None = None  # timm's data config: how pixels become the input
-    text: dict[str, Any] | None = None  # vocabulary, padding, and the tokenizer's files, which are beside this file
+    # vocabulary, padding, and the tokenizer's files, which are beside this file; of a classifier transformers'
+    # problem_type: softmax or sigmoid of the logits, or the value itself
+    text: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None  # names of the classes in the order of the logits
     notes: tuple[str, ...] = ()  # what is particular to this model
     check: Check | None = None

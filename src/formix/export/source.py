@@ -52,7 +52,8 @@ def read_source(source: Any, *, img_size: int | None = None) -> Source:
     if task != "image-classification":
         if img_size is not None:
             raise ValueError(f"img_size is {img_size}, but this {type(model).__name__} reads text; leave it out.")
-        return Source(model=model, task=task, companions=companions, labels=label_names(model))
+        labels = label_names(model) if task.endswith("classification") else None
+        return Source(model=model, task=task, companions=companions, labels=labels)
     image, notes = _image(model)
     size = _size(model, image, img_size)
     if image is not None:
@@ -67,7 +68,7 @@ def _image(model: Any) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     from timm.data import resolve_data_config
 
     if hasattr(model, "pretrained_cfg"):
-        return dict(resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))), ()
+        return dict(resolve_data_config(pretrained_cfg=image_inputs(model))), ()
     if fields := image_inputs(model):
         return fields, ()
     note = "nothing beside the model says how its images are resized and normalised: ask who trained it"
@@ -84,8 +85,6 @@ def _size(model: Any, image: dict[str, Any] | None, asked: int | None) -> tuple[
             raise ValueError(f"img_size is {asked}; this {type(model).__name__} takes {own[0]} x {own[1]} alone.")
         return channels, *own
     if asked is not None:
-        if asked < 1:
-            raise ValueError(f"img_size is {asked}; it must be 1 or more.")
         return channels, asked, asked
     if image is None:
         raise ValueError(f"This {type(model).__name__} takes images of any size; give --img-size.")

@@ -54,9 +54,15 @@ def check(
         inputs = program.example(sizes, padding=kind, seed=seed + 1)
         expected, found = program(*inputs), call(*inputs)
         original = expected if source is program else source(*inputs)
-        if not all(bool(x.isfinite().all()) for x in (*expected, *original)):
+        if not _finite(original):
             raise ValueError(
                 "The model itself gives numbers that are not finite, on random inputs; nothing is written."
+            )
+        if not _finite(expected):
+            dtype = str(next(program.parameters()).dtype).removeprefix("torch.")
+            raise ValueError(
+                f"In {dtype} the model gives numbers that are not finite, and as it is saved it does not; nothing is "
+                "written. Give another --dtype, or leave it out."
             )
         for a, b in zip(found, expected, strict=True):
             if a.shape != b.shape:
@@ -87,6 +93,10 @@ def check(
         tolerance=tolerance,
         to_source=to_source,
     )
+
+
+def _finite(outputs: tuple[Tensor, ...]) -> bool:
+    return all(bool(x.isfinite().all()) for x in outputs)
 
 
 def _difference(found: Any, expected: Any) -> float:

@@ -169,7 +169,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no model's config: it has neither 'architecture' nor 'model_type'.")
     if "architecture" in config and _entry(config) is None:
         raise ValueError(
-            f"{path} is of timm's {config['architecture']!r}; load it with timm, or create it anew in a design."
+            f"{path} is of timm's {config['architecture']!r}; load it with timm, or make a directory of formix's: "
+            f"formix convert {directory} --design=softmax --out=DIR"
         )
     if "architecture" in config:
         if not isinstance(config.get("model_args"), dict) or not isinstance(config.get("pretrained_cfg"), dict):
@@ -218,8 +219,8 @@ def _load_image(config: dict[str, Any], directory: Path) -> Any:
 def _load_text(config: dict[str, Any], directory: Path) -> Any:
     if not str(config["model_type"]).startswith("formix_"):
         raise ValueError(
-            f"{directory} is a transformers {config['model_type']!r} without a design; load it with "
-            f"formix.create_model({str(directory)!r}, design=...)."
+            f"{directory} is a transformers {config['model_type']!r} without a design; load it with transformers, or "
+            f"make a directory of formix's: formix convert {directory} --design=softmax --out=DIR"
         )
     try:
         return _transformers_family(config).from_directory(directory)

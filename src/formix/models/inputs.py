@@ -22,7 +22,12 @@ def image_inputs(model: Any) -> dict[str, Any]:
     if not hasattr(model, "pretrained_cfg"):
         return _of_processor(getattr(model, "name_or_path", ""))
     cfg = dict(model.pretrained_cfg)
-    return {k: cfg[k] for k in FIELDS if cfg.get(k) is not None}
+    found = {k: cfg[k] for k in FIELDS if cfg.get(k) is not None}
+    channels = found.get("input_size", (3,))[0]
+    for statistic in {"mean", "std"} & found.keys():
+        if len(values := found[statistic]) != channels:  # those of a name's three colours: their average
+            found[statistic] = (sum(values) / len(values),) * channels
+    return found
 
 
 def label_names(model: Any) -> tuple[str, ...] | None:

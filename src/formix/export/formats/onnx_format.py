@@ -35,7 +35,7 @@ def write(
     *,
     opset: int | None,
 ) -> int | None:
-    """Write the file, and above 2 GB its weights to another beside it; the properties are its metadata_props.
+    """Write the file, and above 1.5 GB its weights to another beside it; the properties are its metadata_props.
 
     Returns:
         The opset.
