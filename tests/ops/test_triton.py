@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
 HERE = Path(__file__).parent
-SHARED = {80: 163, 86: 99, 90: 227, 120: 99}  # KB of shared memory for a program, by compute capability
+SHARED = {80: 163, 86: 99, 90: 227}  # KB of shared memory for a program, by compute capability
 SPILLED = 256  # bytes of registers that a thread may put into memory
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 IN_FLOAT16 = "grouped_causal_mask or head_size_13 or packed_projection or no_keys"  # others in float32 alone
@@ -92,7 +92,7 @@ COMPILED = {  # name -> calls, dtype, head size, activation, compute capability
     "l1-fp32-64": (l1_calls, F32, 64, None, 86),
     "l1-fp16-160": (l1_calls, F16, 160, None, 90),
 }
-FAST = ("pointwise-fp16-64", "l1-bf16-64")
+FAST = ("pointwise-fp16-64",)  # the next test compiles more
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in COMPILED])
