@@ -183,7 +183,7 @@ def test_the_order_is_chosen_from_the_shapes(n, m, d, dv, order):
 
 def test_autocast_computes_in_its_type(impl):
     q, k, v = qkv("more_tokens_than_channels", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(q.device.type, torch.bfloat16):
         out = l1_attention(q, k, v.bfloat16(), impl=impl)
     assert out.dtype == torch.bfloat16
     close(out, l1(*(x.bfloat16().double() for x in (q, k, v))), 4e-3)
@@ -230,3 +230,23 @@ def test_the_size_of_queries_and_keys_does_not_matter(order, size):
     expected = l1_attention(q, k, v, order=order, impl="reference", eps=1e-37)
     found = l1_attention(q * size, k * size, v * size, order=order, impl="reference", eps=1e-37) / size
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_large_numbers(dtype, impl):
+    """Sums of products of keys and values and of queries and the gradient beyond float32's range, and a norm whose
+    reciprocal is subnormal; more tokens than one program of a GPU sums."""
+    q, k, v = (torch.randn(1, 1, 1100, 8).to(dtype) for _ in range(3))
+    q, k, v = q * 1e30, k * 1e20, v * 1e20
+    k[:, :, 1, 2] = q[:, :, 1090, 3] = 2e38
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = l1_attention(*inputs, order="fused", impl=impl), l1(*exact)
+    close(out, expected, 3 * TOLERANCE[dtype])
+    if impl == "reference":  # autograd squares the norm
+        return
+    weight = torch.randn_like(out) * 1e10
+    gradients = torch.autograd.grad(out, inputs, weight)
+    wanted = torch.autograd.grad(expected, exact, weight.double())
+    for got, want in zip(gradients, wanted, strict=True):
+        close(got, want, 3 * TOLERANCE[dtype], floor=0)

@@ -62,6 +62,7 @@ CASES = {
     "mask_of_queries": ({}, lambda: {"attn_mask": bits(7, 1)}),
     "mask_per_head": ({}, lambda: {"attn_mask": bits(1, 3, 7, 7)}),
     "full_mask": ({}, lambda: {"attn_mask": bits(2, 3, 7, 7)}),
+    "mask_of_everything": ({}, lambda: {"is_causal": True, "attn_mask": torch.tensor(True)}),
     "expanded_mask": ({}, lambda: {"attn_mask": bits(2, 1, 1, 7).expand(2, 3, 7, 7)}),
     "transposed_mask": ({}, lambda: {"attn_mask": bits(2, 3, 7, 7).transpose(-1, -2)}),
     "blind_rows": ({}, lambda: {"attn_mask": blind_rows()}),
@@ -195,7 +196,7 @@ def test_autocast_computes_in_its_type(with_mask, impl):
     """Mixed types, as an autocast layer with query-key norms makes them, are cast as torch's own attention does."""
     q, k, v = qkv(dtype=torch.float32)
     arguments = {"attn_mask": bits(2, 1, 7, 7)} if with_mask else {}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(q.device.type, torch.bfloat16):
         out = pointwise_attention(q, k, v.bfloat16(), impl=impl, **arguments)
     assert out.dtype == torch.bfloat16
     rounded = [x.bfloat16().double() for x in (q, k, v)]

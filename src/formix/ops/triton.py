@@ -20,6 +20,10 @@ from formix.ops.operators import cannot_take, define, library
 
 _FOUND = importlib.util.find_spec("triton") is not None  # once and here: torch.compile cannot trace the search
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LEAST = (
+    8,
+    0,
+)  # compute capability of NVIDIA's GPUs: from here on Triton supports them, and they have bfloat16 and tf32
 
 
 def available() -> tuple[bool, str]:
@@ -30,7 +34,19 @@ def available() -> tuple[bool, str]:
         return True, "Triton's interpreter (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return False, "no CUDA device here"
-    return True, torch.cuda.get_device_name()
+    reason = _too_old(None)
+    return (True, torch.cuda.get_device_name()) if reason is None else (False, reason)
+
+
+def _too_old(device: int | None) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability >= LEAST:
+        return None
+    return "the GPU has compute capability {}.{}, and the kernels need {}.{}".format(*capability, *LEAST)
+
+
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which
+# imports Dynamo
 
 
 def cannot_run_pointwise(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> str | None:
@@ -47,6 +63,8 @@ def _cannot_run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     if not _FOUND or not (query.is_cuda or INTERPRETED):
         usable, reason = available()
         return f"query is on {query.device}, and the kernels run on GPUs" if usable else reason
+    if query.is_cuda and not INTERPRETED and (old := _too_old(query.device.index)) is not None:
+        return old
     return cannot_take(query, key, value, mask)
 
 

@@ -9,6 +9,7 @@ that a causal mask hides are skipped. Verified in Triton's interpreter and compi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -85,12 +86,14 @@ def _store(start, tokens, stride, N, x, SIZE: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _seen(i, j, N_Q, N_K, mask, stride_i, stride_j, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+def _seen(i, j, N_Q, N_K, mask, stride_i, stride_j, CAUSAL: tl.constexpr, MASK_OF: tl.constexpr):
     """Whether query i sees key j; i and j broadcast."""
     seen = (i < N_Q) & (j < N_K)
     if CAUSAL:
         seen = seen & (j <= i)
-    if MASKED:
+    if MASK_OF == "keys":
+        seen = seen & (tl.load(mask + j.to(tl.int64) * stride_j, j < N_K, other=0) != 0)
+    elif MASK_OF == "pairs":
         seen = seen & (tl.load(mask + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j, seen, other=0) != 0)
     return seen
 
@@ -106,73 +109,86 @@ def _number(numbers, i, N_Q, number, UNIFORM: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """To the nearest number of tf32 where products are of these: tensor cores cut the last 13 bits off, so that sums
+    of positive weights would come out too small."""
+    if PRECISION == "tf32":
+        nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < float("inf"), nearest, x)
+    return x
+
+
+@triton.jit
 def _product(x, y, total, PRECISION: tl.constexpr):
     """total + x y for weights x in float32, rounded to y's type for bfloat16 alone: float16 lacks the range."""
     if y.dtype == tl.bfloat16:
         total = tl.dot(x.to(tl.bfloat16), y, total)
     else:
-        total = tl.dot(x, y.to(tl.float32), total, input_precision=PRECISION)
+        total = tl.dot(rounded(x, PRECISION), y.to(tl.float32), total, input_precision=PRECISION)
     return total
 
 
-@triton.jit
+VARYING = ["N_Q", "N_K", "n_b", "n_h"]  # with the length of a sequence: a new one compiles nothing
+
+
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     Q, K, V, OUT, MASK, NUMBERS,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, m_b, m_h, m_i, m_j, n_b, n_h,
     scale, number, H, GROUP, N_Q, N_K, D: tl.constexpr, D_V: tl.constexpr,
-    ACTIVATION: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, UNIFORM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ACTIVATION: tl.constexpr, CAUSAL: tl.constexpr, MASK_OF: tl.constexpr, UNIFORM: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """O of BLOCK_Q queries of one head."""
-    tiles = tl.cdiv(N_Q, BLOCK_Q)
-    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    """O of OWN queries of one head."""
+    tiles = tl.cdiv(N_Q, OWN)
+    tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles  # causal: those with most work first
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = tile * OWN + tl.arange(0, OWN)
     q = _load(Q + b * q_b + h * q_h, i, q_n, N_Q, D, BLOCK_D)
     n = _number(NUMBERS + b * n_b + h * n_h, i, N_Q, number, UNIFORM)
-    out = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
+    out = tl.zeros([OWN, BLOCK_V], tl.float32)
     last = N_K
     if CAUSAL:
-        last = tl.minimum(N_K, (tile + 1) * BLOCK_Q)
-    for first in range(0, last, BLOCK_K):
-        j = first + tl.arange(0, BLOCK_K)
+        last = tl.minimum(N_K, (tile + 1) * OWN)
+    for first in range(0, last, STEP):
+        j = first + tl.arange(0, STEP)
         k = _load(K + b * k_b + h // GROUP * k_h, j, k_n, N_K, D, BLOCK_D)
         v = _load(V + b * v_b + h // GROUP * v_h, j, v_n, N_K, D_V, BLOCK_V)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if ACTIVATION == "sigmoid_bias":
             s -= n[:, None]
-        seen = _seen(i[:, None], j[None, :], N_Q, N_K, MASK + b * m_b + h * m_h, m_i, m_j, CAUSAL, MASKED)
+        seen = _seen(i[:, None], j[None, :], N_Q, N_K, MASK + b * m_b + h * m_h, m_i, m_j, CAUSAL, MASK_OF)
         out = _product(tl.where(seen, _weight(s, ACTIVATION), 0.0), v, out, PRECISION)
     if ACTIVATION != "sigmoid_bias":
         out *= n[:, None]
     _store(OUT + b * o_b + h * o_h, i, o_n, N_Q, out, D_V, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradient_kernel(
     Q, K, V, DO, DK, DV, MASK, NUMBERS,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     m_b, m_h, m_i, m_j, n_b, n_h,
     scale, number, H, GROUP, N_Q, N_K, D: tl.constexpr, D_V: tl.constexpr,
-    ACTIVATION: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, UNIFORM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ACTIVATION: tl.constexpr, CAUSAL: tl.constexpr, MASK_OF: tl.constexpr, UNIFORM: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_K keys of one head, summed over the GROUP of query heads that read it."""
-    tiles = tl.cdiv(N_K, BLOCK_K)
+    """dK and dV of OWN keys of one head, summed over the GROUP of query heads that read it."""
+    tiles = tl.cdiv(N_K, OWN)
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     b, h_k = (head // (H // GROUP)).to(tl.int64), (head % (H // GROUP)).to(tl.int64)
-    j = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    j = tile * OWN + tl.arange(0, OWN)
     k = _load(K + b * k_b + h_k * k_h, j, k_n, N_K, D, BLOCK_D)
     v = _load(V + b * v_b + h_k * v_h, j, v_n, N_K, D_V, BLOCK_V)
-    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    dk = tl.zeros([OWN, BLOCK_D], tl.float32)
+    dv = tl.zeros([OWN, BLOCK_V], tl.float32)
     start = 0
     if CAUSAL:
-        start = tile * BLOCK_K // BLOCK_Q * BLOCK_Q
+        start = tile * OWN // STEP * STEP
     for member in range(0, GROUP):
         h = h_k * GROUP + member
-        for first in range(start, N_Q, BLOCK_Q):
-            i = first + tl.arange(0, BLOCK_Q)
+        for first in range(start, N_Q, STEP):
+            i = first + tl.arange(0, STEP)
             q = _load(Q + b * q_b + h * q_h, i, q_n, N_Q, D, BLOCK_D)
             do = _load(DO + b * o_b + h * o_h, i, o_n, N_Q, D_V, BLOCK_V)
             n = _number(NUMBERS + b * n_b + h * n_h, i, N_Q, number, UNIFORM)[None, :]
@@ -181,7 +197,7 @@ def key_gradient_kernel(
             if ACTIVATION == "sigmoid_bias":
                 s -= n
                 f = 1.0
-            seen = _seen(i[None, :], j[:, None], N_Q, N_K, MASK + b * m_b + h * m_h, m_i, m_j, CAUSAL, MASKED)
+            seen = _seen(i[None, :], j[:, None], N_Q, N_K, MASK + b * m_b + h * m_h, m_i, m_j, CAUSAL, MASK_OF)
             dv = _product(tl.where(seen, _weight(s, ACTIVATION) * f, 0.0), do, dv, PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             dk = _product(tl.where(seen, _slope(s, ACTIVATION) * dp * (f * scale), 0.0), q, dk, PRECISION)
@@ -189,34 +205,34 @@ def key_gradient_kernel(
     _store(DV + b * dv_b + h_k * dv_h, j, dv_n, N_K, dv, D_V, BLOCK_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
     Q, K, V, DO, DQ, MASK, NUMBERS,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, dq_b, dq_h, dq_n, m_b, m_h, m_i, m_j, n_b, n_h,
     scale, number, H, GROUP, N_Q, N_K, D: tl.constexpr, D_V: tl.constexpr,
-    ACTIVATION: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, UNIFORM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ACTIVATION: tl.constexpr, CAUSAL: tl.constexpr, MASK_OF: tl.constexpr, UNIFORM: tl.constexpr,
+    PRECISION: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_Q queries of one head."""
-    tiles = tl.cdiv(N_Q, BLOCK_Q)
-    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    """dQ of OWN queries of one head."""
+    tiles = tl.cdiv(N_Q, OWN)
+    tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles  # causal: those with most work first
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = tile * OWN + tl.arange(0, OWN)
     q = _load(Q + b * q_b + h * q_h, i, q_n, N_Q, D, BLOCK_D)
     do = _load(DO + b * o_b + h * o_h, i, o_n, N_Q, D_V, BLOCK_V)
     n = _number(NUMBERS + b * n_b + h * n_h, i, N_Q, number, UNIFORM)
-    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    dq = tl.zeros([OWN, BLOCK_D], tl.float32)
     last = N_K
     if CAUSAL:
-        last = tl.minimum(N_K, (tile + 1) * BLOCK_Q)
-    for first in range(0, last, BLOCK_K):
-        j = first + tl.arange(0, BLOCK_K)
+        last = tl.minimum(N_K, (tile + 1) * OWN)
+    for first in range(0, last, STEP):
+        j = first + tl.arange(0, STEP)
         k = _load(K + b * k_b + h // GROUP * k_h, j, k_n, N_K, D, BLOCK_D)
         v = _load(V + b * v_b + h // GROUP * v_h, j, v_n, N_K, D_V, BLOCK_V)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if ACTIVATION == "sigmoid_bias":
             s -= n[:, None]
-        seen = _seen(i[:, None], j[None, :], N_Q, N_K, MASK + b * m_b + h * m_h, m_i, m_j, CAUSAL, MASKED)
+        seen = _seen(i[:, None], j[None, :], N_Q, N_K, MASK + b * m_b + h * m_h, m_i, m_j, CAUSAL, MASK_OF)
         ds = _slope(s, ACTIVATION) * tl.dot(do, tl.trans(v), input_precision=PRECISION) * scale
         if ACTIVATION != "sigmoid_bias":
             ds *= n[:, None]
@@ -225,23 +241,26 @@ def query_gradient_kernel(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of products of float32: exact for float32 inputs; float16 inputs are exact in tf32, which all of CUDA has."""
+    """Of products of float32: exact for float32 inputs; float16 inputs are exact in NVIDIA's tf32."""
     return "ieee" if dtype == torch.float32 or torch.version.hip else "tf32"
 
 
 def blocks(dtype: torch.dtype, d: int, d_v: int, backward: bool) -> dict[str, int]:
-    """Tiles that fit into the 99 KB of shared memory of consumer GPUs; 16 is the least that tl.dot takes."""
+    """Tiles: OWN tokens of a program, STEP that it goes through at a time; 16 is the least that tl.dot takes.
+
+    As large as registers allow (ptxas puts at most 256 bytes of a thread's into memory), and within the 99 KB of shared
+    memory of consumer GPUs.
+    """
     block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (d, d_v))
-    bytes_of_token = max(block_d, block_v) * dtype.itemsize
-    if bytes_of_token <= 256:
-        block = 64
-    elif bytes_of_token <= 512:
-        block = 32
+    channels = max(block_d, block_v)
+    if dtype == torch.float32:  # products without tensor cores
+        own, step = (32, 32) if channels <= 64 else (32, 16) if channels <= 128 else (16, 16)
     else:
-        block = 16
+        own, step = (32, 32) if channels > 128 else (64, 32) if backward else (64, 64)
+    light = not backward and channels <= 64
     return {
-        "BLOCK_Q": block, "BLOCK_K": block, "BLOCK_D": block_d, "BLOCK_V": block_v,
-        "num_warps": 4 if block > 16 else 2, "num_stages": 2 if not backward and bytes_of_token <= 256 else 1,
+        "OWN": own, "STEP": step, "BLOCK_D": block_d, "BLOCK_V": block_v,
+        "num_warps": 4 if light else 8, "num_stages": 1 if backward else 2,
     }  # fmt: skip
 
 
@@ -253,8 +272,8 @@ def _lengths(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -
     for dimension, stride in enumerate(mask.stride()):
         if stride == 0:  # expanded
             mask = mask.narrow(dimension, 0, 1)
-    if mask.dim() == 1:
-        mask = mask[None]
+    if mask.dim() < 2:
+        mask = mask.reshape(1, -1)
     if is_causal and mask.shape[-2] == 1:  # of keys alone: no [Nq, Nk] of them
         rows = torch.arange(n_q, device=mask.device).clamp(max=n_k - 1)
         return mask.expand(*mask.shape[:-1], n_k).cumsum(-1)[..., 0, :][..., rows]
@@ -275,13 +294,12 @@ class _Call:
         self.b, self.h, self.h_kv, self.n_q, self.n_k = b, h, h_kv, n_q, n_k
         uniform = length is not None or (mask is None and not is_causal)
         number, numbers, strides = 0.0, query, [0, 0]
-        fixed = n_k if length is None else length
-        lengths = torch.tensor(fixed) if uniform else _lengths(mask, is_causal, query, key)
-        lengths = lengths.clamp(min=1).double()
-        rows = lengths.log() if activation == "sigmoid_bias" else lengths**-length_exponent
         if uniform:
-            number = rows.item()
+            fixed = n_k if length is None else length
+            number = math.log(fixed) if activation == "sigmoid_bias" else float(fixed) ** -length_exponent
         else:
+            lengths = _lengths(mask, is_causal, query, key).clamp(min=1).double()
+            rows = lengths.log() if activation == "sigmoid_bias" else lengths**-length_exponent
             numbers = rows.float().contiguous()
             numbers = numbers.expand(b, h, n_q)
             if numbers.stride(2) != 1:
@@ -290,14 +308,16 @@ class _Call:
         seen = query if mask is None else mask.view(torch.uint8).expand(b, h, n_q, n_k)
         self.extra = (seen, numbers)  # pointers that are not read stand for what is not there
         self.strides = ((0,) * 4 if mask is None else seen.stride()) + tuple(strides)
+        mask_of = "nothing" if mask is None else "keys" if seen.stride(2) == 0 else "pairs"
         self.rest = (scale, number, h, h // h_kv, n_q, n_k)
         self.constants: dict[str, Any] = {
-            "D": d, "D_V": d_v, "ACTIVATION": activation, "CAUSAL": is_causal, "MASKED": mask is not None,
+            "D": d, "D_V": d_v, "ACTIVATION": activation, "CAUSAL": is_causal, "MASK_OF": mask_of,
             "UNIFORM": uniform, "PRECISION": precision(query.dtype), **blocks(query.dtype, d, d_v, backward),
         }  # fmt: skip
 
-    def run(self, kernel: Any, tokens: int, block: str, heads: int, *tensors: Tensor) -> None:
-        grid = (triton.cdiv(tokens, self.constants[block]) * self.b * heads,)
+    def run(self, kernel: Any, tokens: int, heads: int, *tensors: Tensor) -> None:
+        """`tokens` and `heads` are those that the programs share among themselves."""
+        grid = (triton.cdiv(tokens, self.constants["OWN"]) * self.b * heads,)
         strides = (stride for t in tensors for stride in t.stride()[:3])
         with torch.cuda.device_of(tensors[0]):
             kernel[grid](*tensors, *self.extra, *strides, *self.strides, *self.rest, **self.constants)
@@ -311,7 +331,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
         return out.zero_()
     if out.numel():
         call = _Call(query, key, value, *options, backward=False)  # type: ignore[misc]
-        call.run(forward_kernel, call.n_q, "BLOCK_Q", call.h, query, key, value, out)
+        call.run(forward_kernel, call.n_q, call.h, query, key, value, out)
     return out
 
 
@@ -324,8 +344,8 @@ def backward(
         grad_out, query, key, value = dense(grad_out.to(query.dtype), query, key, value)
         call = _Call(query, key, value, *options, backward=True)  # type: ignore[misc]
         inputs = query, key, value, grad_out
-        call.run(key_gradient_kernel, call.n_k, "BLOCK_K", call.h_kv, *inputs, grad_k, grad_v)
-        call.run(query_gradient_kernel, call.n_q, "BLOCK_Q", call.h, *inputs, grad_q)
+        call.run(key_gradient_kernel, call.n_k, call.h_kv, *inputs, grad_k, grad_v)
+        call.run(query_gradient_kernel, call.n_q, call.h, *inputs, grad_q)
     else:
         for gradient in (grad_q, grad_k, grad_v):
             gradient.zero_()
