@@ -20,10 +20,7 @@ from formix.ops.operators import cannot_take, define, library
 
 _FOUND = importlib.util.find_spec("triton") is not None  # once and here: torch.compile cannot trace the search
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LEAST = (
-    8,
-    0,
-)  # compute capability of NVIDIA's GPUs: from here on Triton supports them, and they have bfloat16 and tf32
+LEAST = 8, 0  # compute capability from which NVIDIA's GPUs have bfloat16 and tf32, and Triton supports them
 
 
 def available() -> tuple[bool, str]:
@@ -45,8 +42,8 @@ def _too_old(device: int | None) -> str | None:
     return "the GPU has compute capability {}.{}, and the kernels need {}.{}".format(*capability, *LEAST)
 
 
-_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which
-# imports Dynamo
+# What torch.compiler.assume_constant_result sets; the function itself would import Dynamo here.
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cannot_run_pointwise(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> str | None:
