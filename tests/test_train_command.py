@@ -101,6 +101,24 @@ def run_of(tmp_path):
     return make
 
 
+def test_other_classes_than_the_model_s(tmp_path, capsys, caplog):
+    model = formix.create_model("vit_tiny_patch16_224", depth=1, embed_dim=8, num_heads=1, img_size=32, num_classes=2)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["ant", "bee"]}
+    formix.save(model, tmp_path / "model")
+    for classes, status in ((("ant", "bee"), 0), (("bee", "cat"), 2), (("cat", "dog"), 0)):
+        root = tmp_path / "-".join(classes)
+        for split in ("train", "val"):
+            for name in classes:
+                (root / split / name).mkdir(parents=True)
+                for i in range(2):
+                    Image.new("RGB", (32, 32), (i, 0, 0)).save(root / split / name / f"{i}.png")
+        caplog.clear()
+        assert main(["eval", str(tmp_path / "model"), f"--data=folder:{root}"]) == status
+        error = capsys.readouterr().err
+        assert ("Class 0 of the model" in error and "'ant', and of" in error) == (classes[0] == "bee")
+        assert ("takes them for the same" in caplog.text) == (classes[0] == "cat")
+
+
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 

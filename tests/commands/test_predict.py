@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ SMALL_TEXT = '{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads":
 
 
 def lines(capsys) -> list[dict]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,10 @@ def test_masks_are_filled(tmp_path, capsys):
     assert found["scores"][0] >= found["scores"][1]
     assert main(["predict", str(tmp_path / "run"), "--text=abc"]) == 2
     assert "0 times [MASK]" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "run"), "--text=[MASK]" + "abc " * 8]) == 2
+    assert "has 33 tokens and the model reads 32" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "run"), "--text=abc [MASK]", "--top=1000", "--json"]) == 0
+    assert len(lines(capsys)[0]["labels"]) == 258
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +216,8 @@ def test_pairs_of_sentences(task, glue, tmp_path, capsys, monkeypatch):
     flags = [f"--data=glue:{glue / task}", "--sequence-length=24", f"--model_args={SMALL_TEXT}", "--design=relu"]
     assert main(["train", *flags, *QUICK, f"--out={tmp_path / 'run'}"]) == 0
     rows = [line.split("\t") for line in (glue / task / "dev.tsv").read_text().splitlines()[1:]]
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{row[1]}\t{row[2]}\n" for row in rows)))
+    stdin = "".join(f"{row[1]}\t{row[2]}\n" for row in rows)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
     capsys.readouterr()
     assert main(["predict", str(tmp_path / "run"), "-", "--json", "--batch-size=3"]) == 0
     found = lines(capsys)
@@ -251,15 +257,125 @@ def test_embeddings_of_sentences(tmp_path, capsys):
     assert np.linalg.norm(lines(capsys)[0]["features"]) == pytest.approx(1, abs=1e-5)
 
 
-def test_runs_of_tokens(tmp_path, capsys):
-    small = json.loads(SMALL_TEXT)
-    model = formix.create_model("bert-tiny", task="token-classification", vocab_size=258, num_labels=3, **small)
-    formix.save(model, tmp_path)
-    byte_tokenizer(masked=True).save_pretrained(tmp_path)
-    assert main(["predict", str(tmp_path), "--text=ab cd", "--json"]) == 0
-    (found,) = lines(capsys)
-    assert found["labels"]
-    assert all(": LABEL_" in label for label in found["labels"])
+def saved_text_model(directory: Path, name: str, **arguments) -> Path:
+    """A model of bytes with random weights, and its tokenizer, which has no padding."""
+    small = {} if name in ("gpt2-nano", "llama-nano") else json.loads(SMALL_TEXT)
+    model = formix.create_model(name, vocab_size=256, **small, **arguments)
+    formix.save(model, directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_runs_of_tokens(tmp_path, capsys, caplog):
+    where = saved_text_model(
+        tmp_path, "bert-tiny", task="token-classification", num_labels=3, max_position_embeddings=8
+    )
+    (tmp_path / "texts.txt").write_text("AB cd\nab cd ab cd ab\n")
+    arguments = ["predict", str(where), str(tmp_path / "texts.txt")]
+    assert main([*arguments, "--json"]) == 0
+    first, second = lines(capsys)
+    assert "".join(first["runs"]).replace(" ", "") == "ABcd"
+    assert len(first["runs"]) == len(first["labels"]) == len(first["scores"]) > 0
+    assert all(label.startswith("LABEL_") for label in first["labels"])
+    assert "1 of 2 texts have more than 8 tokens" in caplog.text
+    assert main([*arguments, f"--out={tmp_path / 'a.csv'}"]) == 0
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == [*first["runs"], *second["runs"]]
+    assert [float(row["score"]) for row in rows] == [*first["scores"], *second["scores"]]
+
+
+def test_a_text_without_runs(tmp_path, capsys):
+    where = saved_text_model(tmp_path, "bert-tiny", task="token-classification", num_labels=2)
+    config = json.loads((where / "config.json").read_text())
+    config["id2label"] = {"0": "O", "1": "O"}
+    (where / "config.json").write_text(json.dumps(config))
+    assert main(["predict", str(where), "--text=ab cd"]) == 0
+    assert capsys.readouterr().out == "ab cd: no runs\n"
+    assert main(["predict", str(where), "--text=ab cd", "--json"]) == 0
+    assert lines(capsys) == [{"input": "ab cd", "labels": [], "scores": [], "runs": []}]
+
+
+def test_lines_end_where_files_end_them(tmp_path, capsys):
+    where = saved_text_model(tmp_path, "gpt2-nano", task="sequence-classification", num_labels=2, n_layer=1)
+    texts = ["one\x0ctwo\x85three\u2028four", "second", "caf\u00e9\tlast"]
+    (tmp_path / "texts.txt").write_bytes(("\ufeff" + "\r\n".join(texts)).encode())
+    found = []
+    for size in (1, 3):  # the tokenizer has no padding
+        assert main(["predict", str(where), str(tmp_path / "texts.txt"), "--json", f"--batch-size={size}"]) == 0
+        found.append(lines(capsys))
+    assert [one["input"] for one in found[0]] == texts
+    for one, other in zip(*found, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-6)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    assert main(["predict", str(where), str(tmp_path / "latin.txt")]) == 2
+    assert "no UTF-8" in capsys.readouterr().err
+    assert main(["predict", str(where), str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    train_wordpiece([chr(c) for c in range(0x4E00, 0x4F00)]).save_pretrained(tmp_path / "words")
+    assert main(["predict", str(where), "--text=a", f"--tokenizer={tmp_path / 'words'}"]) == 2
+    assert "The model knows 256 tokens" in capsys.readouterr().err
+
+
+def test_draws_are_of_all_tokens(tmp_path, capsys):
+    where = saved_text_model(tmp_path, "gpt2-nano", n_layer=1, n_embd=16, n_head=2, n_positions=256)
+    model = formix.load(where)
+    with torch.no_grad():  # the same probabilities at every place
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+    formix.save(model, where)
+    assert main(["predict", str(where), "--text=a", "--new-tokens=200", "--temperature=1", "--json"]) == 0
+    assert len(set(lines(capsys)[0]["text"]) - {"\ufffd"}) > 50
+
+
+def test_features_are_of_the_whole_text(tmp_path, capsys):
+    where = saved_text_model(tmp_path, "bert-tiny", task="features", max_position_embeddings=512)
+    found = []
+    for end in ("xy ", "zw "):
+        assert main(["predict", str(where), "--json", f"--text={'ab ' * 90}{end * 30}"]) == 0
+        found.append(lines(capsys)[0]["features"])
+    assert found[0] != pytest.approx(found[1], abs=1e-5)
+
+
+def test_flags_with_their_values_behind_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    formix.save(formix.create_model("vit_tiny_patch16_224", depth=1, embed_dim=16, num_heads=2, img_size=32), "model")
+    for name in "ab":
+        Image.new("RGB", (40, 40)).save(f"{name}.png")
+    for arguments in (
+        ["model", "a.png", "--top", "2", "b.png", "--json"],
+        ["--model=model", "--json", "a.png", "b.png"],
+    ):
+        assert main(["predict", *arguments]) == 0
+        found = lines(capsys)
+        assert [one["input"] for one in found] == ["a.png", "b.png"]
+    assert main(["predict", "model", "--on-bad-sample", "skip", "--json", "true", "a.png", "--top", "1"]) == 0
+    assert len(lines(capsys)[0]["labels"]) == 1
+    for help_flag in ("-h", "--help"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["predict", "model", help_flag])
+
+
+DOCUMENTED = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text().splitlines()
+
+
+def test_the_documented_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    formix.save(
+        formix.create_model("vit_tiny_patch16_224", "relu", depth=1, embed_dim=16, num_heads=2, img_size=32),
+        "runs/deit-relu",
+    )
+    saved_text_model(Path("runs/paf-rte"), "bert-tiny", design="paf", num_labels=2)
+    saved_text_model(Path("runs/gpt2"), "gpt2-nano", n_layer=1, n_positions=64)
+    Path("pictures").mkdir()
+    for name in ("a.jpg", "pictures/b.png"):
+        Image.new("RGB", (40, 40)).save(name)
+    Path("sentences.tsv").write_text("a cat\ta dog\n")
+    commands = [line.split("#")[0] for line in DOCUMENTED if line.startswith("    formix predict ")]
+    assert len(commands) >= 4
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert Path("answers.csv").is_file()
 
 
 @pytest.mark.parametrize(
@@ -291,6 +407,8 @@ def test_broken_pictures_are_left_out_if_asked(tmp_path, capsys, caplog):
     assert main(["predict", str(tmp_path), *files, "--on-bad-sample=skip", "--json"]) == 0
     assert [Path(one["input"]).name for one in lines(capsys)] == ["fine.png"]
     assert "1 of prediction: " in caplog.text
+    assert main(["predict", str(tmp_path), files[0], "--on-bad-sample=skip"]) == 2
+    assert "None of the 1 pictures" in capsys.readouterr().err
 
 
 def test_no_model_and_no_argument(tmp_path, capsys):

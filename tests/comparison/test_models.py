@@ -39,6 +39,20 @@ def test_language_models_get_their_sizes_from_the_data(tmp_path):
     assert model.config.attn_pdrop == 0
 
 
+def test_every_family_of_language_models_is_built_for_the_data(tmp_path):
+    (tmp_path / "a.txt").write_text("abc def " * 400)
+    data = load_data(f"text:{tmp_path}", sequence_length=16)
+    model = build_model(data, "llama-nano", {"num_hidden_layers": 1}, "relu")
+    assert forward(model, data.train.__getitems__([0])).shape == (1, 16, 256)
+    assert model.config.eos_token_id is None  # no byte ends a text
+    with pytest.raises(ValueError, match="bert models do masked-lm"):
+        build_model(data, "bert-tiny", {}, "relu")
+    with pytest.raises(ValueError, match="deit_tiny_patch16_224 is no model of text"):
+        build_model(data, "deit_tiny_patch16_224", {}, "relu")
+    with pytest.raises(ValueError, match="gpt2-nano is a model of text"):
+        build_model(load_data("digits"), "gpt2-nano", {}, "relu")
+
+
 @pytest.mark.parametrize("name", ["bert-tiny", "roberta-tiny"])
 def test_masked_language_models_predict_every_token_of_the_longest_windows(tmp_path, name):
     (tmp_path / "a.txt").write_text("abc def " * 4000)

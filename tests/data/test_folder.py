@@ -197,3 +197,11 @@ def test_paths_without_a_tree_of_images_say_what_is_needed(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=sentence):
             load_data(f"folder:{tmp_path / path}")
+
+
+def test_pictures_of_other_formats_are_said_to_be_passed_over(tmp_path, caplog):
+    draw(tree(tmp_path, "") / "cat" / "more.gif", 1)
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    data = load_data(f"folder:{tmp_path}")
+    assert sum(data.provenance["counts"].values()) == 30
+    assert f"1 files in {tmp_path} are passed over, such as cat/more.gif" in caplog.text

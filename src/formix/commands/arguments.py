@@ -33,6 +33,23 @@ def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) ->
         raise ValueError(f"{flags[1]}: {error}") from None
 
 
+def split_named(config_class: Any, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands without a flag, and the flags, each with its value: --top 3 is --top=3; - is no flag."""
+    kinds, named, flags = get_type_hints(config_class), [], []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if not argument.startswith("-") or argument == "-":
+            named.append(argument)
+            continue
+        switch = kinds.get(_underscored(argument)[2:]) is bool and left[:1] not in (["true"], ["false"])
+        alone = switch or "=" in argument or argument in ("-h", "--help")
+        if not alone and left and not left[0].startswith("--"):
+            argument += f"={left.pop(0)}"
+        flags.append(argument)
+    return named, flags
+
+
 def _parsed(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[Any]:
     from jsonargparse import ArgumentError, ArgumentParser
 

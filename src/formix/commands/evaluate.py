@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from formix.data import Data
     from formix.training.job import JobConfig
 
+_log = logging.getLogger("formix")
 # how a text model reads: as in its training, whatever the data
 READING = ("sequence_length", "tokenizer", "task", "mask_probability")
 TEXTS = ("stdlib", "text", "glue")
@@ -54,9 +56,9 @@ def evaluate(arguments: list[str]) -> int:
     if config.batch_size < 1:
         raise ValueError(f"batch_size is {config.batch_size}; it must be 1 or more.")
     directory, trained = trained_model(Path(config.model))
+    model = load(directory)
     if not trained and config.data is None:
         raise ValueError(f"{directory} does not say what data it is for; give --data.")
-    model = load(directory)
     job = _job(config, trained, model)
     data = job.load_data()
     own_data = bool(trained) and job.data == trained["data"]
@@ -136,6 +138,7 @@ def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
     """ValueError where the model's input or output is not what the data give and ask for."""
     from formix.comparison.models import check_images
+    from formix.models.inputs import label_names
     from formix.models.text import task_of
 
     config, task = getattr(model, "config", None), task_of(model)
@@ -155,3 +158,18 @@ def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> 
             raise ValueError(
                 f"The model in {directory} has {has or 'no'} classes and {data.name!r} has {data.num_classes}."
             )
+        _check_names(label_names(model), data, directory)
+
+
+def _check_names(names: tuple[str, ...] | None, data: Data, directory: Path) -> None:
+    """ValueError for other classes than the model's, or the same in another order; where no name is shared they may be
+    the same in other words, and a warning says so."""
+    if names is None or data.class_names is None or names == data.class_names:
+        return
+    number, (its, other) = next(
+        (i, p) for i, p in enumerate(zip(names, data.class_names, strict=True)) if len({*p}) > 1
+    )
+    differ = f"Class {number} of the model in {directory} is {its!r}, and of {data.name!r} {other!r}"
+    if set(names) & set(data.class_names):
+        raise ValueError(f"{differ}; give data with the model's classes, in their order.")
+    _log.warning("%s; the metric takes them for the same", differ)

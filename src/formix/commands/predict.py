@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import json
@@ -11,7 +12,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from formix.commands.arguments import parse
+from formix.commands.arguments import parse, split_named
 
 if TYPE_CHECKING:
     from formix.data.folder import EncodedImage
@@ -56,19 +57,20 @@ def predict(arguments: list[str]) -> int:
     from formix.models.text import task_of
     from formix.training.job import trained_model
 
-    named = [a for a in arguments if not a.startswith("--")]
-    flags = [a for a in arguments if a.startswith("--")]
+    named, flags = split_named(PredictConfig, arguments)
+    if named and not any(flag.split("=")[0] == "--model" for flag in flags):
+        flags.append(f"--model={named.pop(0)}")
     if named:
-        flags += [f"--model={named[0]}", *([f"--inputs={json.dumps(named[1:])}"] if named[1:] else [])]
+        flags.append(f"--inputs={json.dumps(named)}")
     config = parse(PredictConfig, "predict", flags)
     if not config.inputs and config.text is None:
         raise ValueError("inputs are missing; give files or folders behind the model, or --text.")
-    directory, trained = trained_model(Path(config.model))
+    directory, _ = trained_model(Path(config.model))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = load(directory)
     torch.manual_seed(config.seed)
-    found = (_of_images if task_of(model) == "image-classification" else _of_texts)(model, config, directory, trained)
+    found = (_of_images if task_of(model) == "image-classification" else _of_texts)(model, config, directory)
     if config.out is not None:
         found = _kept(found, Path(config.out))
     if config.json:
@@ -82,7 +84,7 @@ def predict(arguments: list[str]) -> int:
     return 0
 
 
-def _of_images(model: Any, config: PredictConfig, directory: Path, trained: dict[str, Any]) -> Iterator[Prediction]:
+def _of_images(model: Any, config: PredictConfig, directory: Path) -> Iterator[Prediction]:
     from formix.data.unreadable import count_skipped, readable
     from formix.evaluation.prediction import predict_images
 
@@ -93,13 +95,9 @@ def _of_images(model: Any, config: PredictConfig, directory: Path, trained: dict
         fine = dict(zip(images, readable(images), strict=True))
         count_skipped(str(directory), {"prediction": [image.name for image in images if not fine[image]]})
         images = [image for image in images if fine[image]]
-    return predict_images(
-        model,
-        images,
-        top=config.top,
-        batch_size=config.batch_size,
-        independent=trained.get("loss") == "sigmoid",
-    )
+        if not images:
+            raise ValueError(f"None of the {len(fine)} pictures can be read; give others.")
+    return predict_images(model, images, top=config.top, batch_size=config.batch_size)
 
 
 def _pictures(path: Path) -> list[EncodedImage]:
@@ -112,7 +110,7 @@ def _pictures(path: Path) -> list[EncodedImage]:
     return list(picture_tree(path)[0].values())
 
 
-def _of_texts(model: Any, config: PredictConfig, directory: Path, trained: dict[str, Any]) -> Iterator[Prediction]:
+def _of_texts(model: Any, config: PredictConfig, directory: Path) -> Iterator[Prediction]:
     from formix.data.text import load_tokenizer
     from formix.evaluation.prediction import predict_texts
 
@@ -128,14 +126,19 @@ def _of_texts(model: Any, config: PredictConfig, directory: Path, trained: dict[
         batch_size=config.batch_size,
         new_tokens=config.new_tokens,
         temperature=config.temperature,
-        independent=trained.get("loss") == "sigmoid",
     )
 
 
 def _lines(path: str) -> list[str]:
-    """The texts of a file, a line each; ValueError for an empty line, for which there is nothing to say."""
+    """The texts of a file, a line each, ended by \\n, \\r\\n or \\r and by no other character.
+
+    ValueError for an empty line, for which there is nothing to say.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give files with a text in each line.")
+    encoded = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
-        lines = (sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")).splitlines()
+        lines = [line.decode() for line in encoded.removeprefix(codecs.BOM_UTF8).splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}).") from None
     if not lines:
@@ -155,34 +158,37 @@ def _kept(predictions: Iterable[Prediction], path: Path) -> Iterator[Prediction]
             if path.suffix == ".jsonl":
                 file.write(json.dumps(_plain(prediction), ensure_ascii=False) + "\n")
             else:
-                header, row = _row(prediction)
-                rows.writerows([row] if number else [header, row])
+                header, *values = _rows(prediction)
+                rows.writerows(values if number else [header, *values])
             yield prediction
     partial.replace(path)
 
 
-def _row(prediction: Prediction) -> tuple[list[str], list[Any]]:
-    """Header and row of a CSV file."""
+def _rows(prediction: Prediction) -> list[list[Any]]:
+    """Header and row of a CSV file; a row for each run of tokens."""
     if prediction.text is not None:
-        return ["input", "text"], [prediction.input, prediction.text]
+        return [["input", "text"], [prediction.input, prediction.text]]
     if prediction.features is not None:
-        return ["input", *(f"feature_{i}" for i in range(len(prediction.features)))], [
-            prediction.input,
-            *prediction.features,
-        ]
-    if not prediction.labels:
-        return ["input", "value"], [prediction.input, *prediction.scores]
-    header: list[str] = ["input"]
-    row: list[Any] = [prediction.input]
-    for rank, (label, score) in enumerate(zip(prediction.labels, prediction.scores, strict=True), start=1):
+        names = [f"feature_{i}" for i in range(len(prediction.features))]
+        return [["input", *names], [prediction.input, *prediction.features]]
+    best = list(zip(prediction.labels, prediction.scores, strict=False))
+    if prediction.runs is not None:
+        found = zip(prediction.runs, best, strict=True)
+        return [["input", "run", "label", "score"], *([prediction.input, run, *one] for run, one in found)]
+    if not best:
+        return [["input", "value"], [prediction.input, *prediction.scores]]
+    header, row = ["input"], [prediction.input, *(value for one in best for value in one)]
+    for rank in range(1, len(best) + 1):
         header += [f"label_{rank}", f"score_{rank}"]
-        row += [label, score]
-    return header, row
+    return [header, row]
 
 
 def _plain(prediction: Prediction) -> dict[str, Any]:
     """As JSON, without what it has not."""
-    return {k: v for k, v in dataclasses.asdict(prediction).items() if v is not None and v != ()}
+    everything = dataclasses.asdict(prediction)
+    if prediction.runs is not None:  # there may be none
+        return {k: v for k, v in everything.items() if v is not None}
+    return {k: v for k, v in everything.items() if v is not None and v != ()}
 
 
 def _line(prediction: Prediction) -> str:
@@ -192,7 +198,8 @@ def _line(prediction: Prediction) -> str:
     if prediction.features is not None:
         first = ", ".join(f"{x:.4f}" for x in prediction.features[:4])
         return f"{prediction.input}: {len(prediction.features)} features, {first}, ... (--out or --json gives all)"
-    if not prediction.labels:
-        return f"{prediction.input}: {prediction.scores[0]:.4f}"
-    best = zip(prediction.labels, prediction.scores, strict=True)
-    return f"{prediction.input}: " + ", ".join(f"{label} {score:.4f}" for label, score in best)
+    best = [f"{label} {score:.4f}" for label, score in zip(prediction.labels, prediction.scores, strict=False)]
+    if prediction.runs is not None:
+        found = [f"{run}: {one}" for run, one in zip(prediction.runs, best, strict=True)]
+        return f"{prediction.input}: {', '.join(found) or 'no runs'}"
+    return f"{prediction.input}: {', '.join(best) or f'{prediction.scores[0]:.4f}'}"

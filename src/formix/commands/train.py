@@ -44,7 +44,7 @@ def train(arguments: list[str]) -> int:
     augmented(data, training.augmentation, training.seed)  # and so may this
     set_seed(training.seed)
     model = build_model(data, job.model, job.model_args, job.design)
-    describe_data(model, data)
+    describe_data(model, data, training.loss)
     if job.plan:
         with joined() as accelerator:
             print(plan(model, data, training, accelerator.device))

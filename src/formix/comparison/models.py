@@ -9,6 +9,7 @@ from formix import create_model
 from formix.data import Data
 from formix.data.masking import BYTE_PAD
 from formix.models.image import image_size
+from formix.models.text import SIZES
 
 IMAGE_MODEL = "vit_tiny_patch16_224"
 
@@ -47,7 +48,12 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
     base, defaults = default_model(data)
     if name is not None and name != base:
         base, defaults = name, {}
-    decided = data_arguments(data)
+    images, directory = data.task == "image-classification", "/" in base or Path(base).is_dir()
+    if images and base in SIZES:
+        raise ValueError(f"{base} is a model of text, and {data.name!r} is {data.task}; name one of images.")
+    if not images and base not in SIZES and not directory:
+        raise ValueError(f"{base} is no model of text, and {data.name!r} is {data.task}; there are {', '.join(SIZES)}.")
+    decided = data_arguments(data, SIZES[base][0] if base in SIZES else None)
     if Path(base, "config.json").is_file():  # a directory brings its own sizes, and only the output is the task's
         decided = {key: decided[key] for key in ("num_classes", "num_labels") if key in decided}
         if data.task != "image-classification":
@@ -88,13 +94,19 @@ def check_arguments(data: Data, arguments: dict[str, Any]) -> None:
                 raise ValueError(f"model_args has {name}={arguments[name]!r}, and {data.name} needs {least} or more.")
 
 
-def data_arguments(data: Data) -> dict[str, Any]:
-    """What the data decide: sizes of input and output."""
+def data_arguments(data: Data, family: str | None = None) -> dict[str, Any]:
+    """What the data decide: sizes of input and output, in the words of a text model's family."""
     if data.task == "image-classification":
         return {"img_size": data.img_size, "in_chans": data.in_chans, "num_classes": data.num_classes}
     if data.task == "causal-lm":
+        ends = {name: getattr(data.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+        decided = {"vocab_size": data.vocab_size, **ends}
+        if family == "llama":
+            return {**decided, "max_position_embeddings": data.sequence_length}
+        if family not in (None, "gpt2"):
+            return {**decided, "task": data.task}  # which has its own refusal
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return {"vocab_size": data.vocab_size, "n_positions": data.sequence_length, **dropout}
+        return {**decided, "n_positions": data.sequence_length, **dropout}
     if data.task == "masked-lm":
         pad = BYTE_PAD if data.tokenizer is None else data.tokenizer.pad_token_id or 0
         output: dict[str, Any] = {"task": "masked-lm"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import tarfile
 from abc import ABC, abstractmethod
@@ -25,6 +26,7 @@ from formix.data.unreadable import count_skipped, readable, refuse_loss
 if TYPE_CHECKING:
     from PIL import Image
 
+_log = logging.getLogger("formix")
 MEMORY_LIMIT = 2**30  # bytes of decoded pixels up to which images are kept; above, each is decoded when it is read
 NAMED_SPLITS = ("train", "val", "test")  # folders that are splits and no classes
 BY_CLASS = "a folder per class"  # and no splits
@@ -242,12 +244,26 @@ def picture_tree(root: Path) -> tuple[dict[PurePosixPath, EncodedImage], set[Pur
     images = {p: f for p, f in found.items() if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")}
     if not images:
         raise ValueError(f"{str(root)!r} holds no images ({', '.join(IMG_EXTENSIONS)}).")
+    _warn_of_others(root, [p for p in found if p not in images and not p.name.startswith(".")])
     while all(len(p.parts) > 2 for p in images) and len(tops := {p.parts[0] for p in images}) == 1:
         if tops <= set(NAMED_SPLITS):
             break
         folders = {PurePosixPath(*p.parts[1:]) for p in folders if p.parts[:1] == (*tops,)}
         images = {PurePosixPath(*p.parts[1:]): f for p, f in images.items()}
     return dict(sorted(images.items())), folders
+
+
+def _warn_of_others(root: Path, files: Sequence[PurePosixPath]) -> None:
+    """Say which pictures, by the ends of their names, are of formats that folders are not searched for."""
+    from PIL import Image
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    known = Image.registered_extensions()
+    if (others := sorted(p for p in files if p.suffix.lower() in known)) and os.environ.get("RANK", "0") == "0":
+        _log.warning(
+            "%d files in %s are passed over, such as %s: folders are searched for %s",
+            len(others), root, others[0], ", ".join(IMG_EXTENSIONS),
+        )  # fmt: skip
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from formix.data.folder import EncodedImage
-from formix.models.inputs import image_inputs, label_names
+from formix.models.inputs import image_inputs, independent_classes, label_names
 from formix.models.text import positions, task_of
 from formix.training.tasks import forward
 
@@ -31,12 +32,13 @@ class Prediction:
     input: str  # the file's name, or the text itself
     labels: tuple[str, ...] = ()  # best first
     scores: tuple[float, ...] = ()  # probabilities; of a regression the value
+    runs: tuple[str, ...] | None = None  # of a class for each run of tokens: the runs, in their order in the text
     text: str | None = None  # what a language model adds
     features: tuple[float, ...] | None = None  # of a model without an output for classes
 
 
 def predict_images(
-    model: Any, images: Sequence[EncodedImage], *, top: int = 5, batch_size: int = 32, independent: bool = False
+    model: Any, images: Sequence[EncodedImage], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
     """The classes of pictures, which are prepared as the model's config says (timm's evaluation transform).
 
@@ -44,7 +46,6 @@ def predict_images(
         model: an image model, from `formix.load`; without a classifier (num_classes=0) its pooled features are given.
         images: files, RGB or grey; a model of one channel sees them in grey.
         top: how many classes, best first.
-        independent: each class is a question of its own (sigmoid, in place of softmax over classes).
 
     Raises:
         ValueError: a picture that cannot be read, or a model of other channels than 1 or 3.
@@ -62,7 +63,7 @@ def predict_images(
         pixels = [transform(image.rgb().convert("RGB" if channels == 3 else "L")) for image in batch]
         with torch.inference_mode():
             logits = forward(model, {"pixel_values": torch.stack(pixels).to(own)}).float()  # [B, classes]
-        scores = logits.sigmoid() if independent else logits.softmax(-1)
+        scores = logits.sigmoid() if independent_classes(model) else logits.softmax(-1)
         for image, row, features in zip(batch, scores, logits, strict=True):
             if getattr(model, "num_classes", None) == 0:
                 yield Prediction(input=image.name, features=tuple(features.tolist()))
@@ -81,7 +82,6 @@ def predict_texts(
     batch_size: int = 32,
     new_tokens: int = 64,
     temperature: float = 0.0,
-    independent: bool = False,
 ) -> Iterator[Prediction]:
     """What a text model says, by transformers' pipelines.
 
@@ -94,20 +94,26 @@ def predict_texts(
         texts: a tab separates the two sentences of a pair.
         new_tokens: how many tokens a language model adds.
         temperature: of the draws of a language model; 0: always the most probable token.
-        independent: each class is a question of its own.
 
     Raises:
-        ValueError: a task that takes more than a text (question answering, multiple choice), a text without [MASK] for
-            a masked language model, or one with no room left for new tokens.
+        ValueError: a task that takes more than a text (question answering, multiple choice), a tokenizer with more
+            tokens than the model, a text without [MASK] for a masked language model or too long for it, or one with no
+            room left for new tokens.
     """
     task = task_of(model)
+    if (needs := 1 + max(tokenizer.get_vocab().values())) > model.config.vocab_size:
+        raise ValueError(
+            f"The model knows {model.config.vocab_size} tokens and the tokenizer has {needs}; give the one that the "
+            "model was trained with."
+        )
+    tokenizer = _for_reading(model, tokenizer)
     if task == "features":
         from formix.evaluation.sentences import sentence_embeddings
 
-        _warn_of_cuts(model, tokenizer, texts)
-        for text, vector in zip(
-            texts, sentence_embeddings(model, tokenizer, texts, batch_size=batch_size), strict=True
-        ):
+        _warn_of_cuts(tokenizer, [[text] for text in texts])
+        length = tokenizer.model_max_length
+        vectors = sentence_embeddings(model, tokenizer, texts, max_length=length, batch_size=batch_size)
+        for text, vector in zip(texts, vectors, strict=True):
             yield Prediction(input=text, features=tuple(vector.tolist()))
         return
     if task not in TEXT_TASKS:
@@ -120,17 +126,21 @@ def predict_texts(
     elif task == "masked-lm":
         yield from _filled(pipe, texts, top)
     elif task == "token-classification":
+        _warn_of_cuts(tokenizer, [[text] for text in texts])
         for text, found in zip(texts, pipe(list(texts), aggregation_strategy="simple"), strict=True):
-            spans = tuple(f"{part['word']}: {part['entity_group']}" for part in found)
-            yield Prediction(input=text, labels=spans, scores=tuple(float(part["score"]) for part in found))
+            yield Prediction(
+                input=text,
+                labels=tuple(part["entity_group"] for part in found),
+                scores=tuple(float(part["score"]) for part in found),
+                runs=tuple(text[part["start"] : part["end"]] for part in found),
+            )
     else:
-        length = _warn_of_cuts(model, tokenizer, texts)
+        _warn_of_cuts(tokenizer, [text.split("\t", 1) for text in texts])
         regression = model.config.num_labels == 1
-        function = "none" if regression else "sigmoid" if independent else "softmax"
+        function = "none" if regression else "sigmoid" if independent_classes(model) else "softmax"
         pairs = [dict(zip(("text", "text_pair"), text.split("\t", 1), strict=False)) for text in texts]
-        found = pipe(
-            pairs, top_k=top, batch_size=batch_size, function_to_apply=function, truncation=True, max_length=length
-        )
+        size = 1 if model.config.pad_token_id is None else batch_size  # by which decoders find the last token
+        found = pipe(pairs, top_k=top, batch_size=size, function_to_apply=function, truncation=True)
         named = label_names(model) is not None
         for text, best in zip(texts, found, strict=True):
             labels = tuple(one["label"] if named else one["label"].removeprefix("LABEL_") for one in best)
@@ -140,33 +150,50 @@ def predict_texts(
 
 def _continued(pipe: Any, texts: Sequence[str], new_tokens: int, temperature: float) -> Iterator[Prediction]:
     room = positions(pipe.model.config)
-    how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        how = {"do_sample": True, "temperature": temperature}
+        if pipe.model.generation_config.top_k is None:
+            how["top_k"] = 0  # of all tokens; transformers would draw of the 50 most probable ones
     for text in texts:
         used = len(pipe.tokenizer(text)["input_ids"])
         if not used or (room is not None and used + new_tokens > room):
+            allowed = "the text needs one or more" if room is None else f"the model has {room} positions"
+            allowed += "" if used or room is None else ", and a text needs one"
             raise ValueError(
-                f"{text[:40]!r} has {used} tokens and {new_tokens} are to follow; the model has {room} positions, and "
-                "a text needs one token: give another text, or fewer --new-tokens."
+                f"{text[:40]!r} has {used} tokens and {new_tokens} are to follow; {allowed}: give another text"
+                f"{', or fewer --new-tokens' if used else ''}."
             )
         found = pipe(text, max_new_tokens=new_tokens, return_full_text=False, **how)
         yield Prediction(input=text, text=found[0]["generated_text"])
 
 
 def _filled(pipe: Any, texts: Sequence[str], top: int) -> Iterator[Prediction]:
-    mask = pipe.tokenizer.mask_token
+    mask, length = pipe.tokenizer.mask_token, pipe.tokenizer.model_max_length
     for text in texts:
         if text.count(mask) != 1:
             raise ValueError(f"{text[:40]!r} has {text.count(mask)} times {mask}; it must be there once.")
-        found = pipe(text, top_k=top)
+        if (count := len(pipe.tokenizer(text, verbose=False)["input_ids"])) > length:
+            raise ValueError(f"{text[:40]!r} has {count} tokens and the model reads {length}; give a shorter text.")
+        found = pipe(text, top_k=min(top, pipe.model.config.vocab_size))
         labels = tuple(one["token_str"] for one in found)
         yield Prediction(input=text, labels=labels, scores=tuple(one["score"] for one in found))
 
 
-def _warn_of_cuts(model: Any, tokenizer: Any, texts: Sequence[str]) -> int:
-    """The most tokens of a text, of which a warning tells how many are cut."""
-    length = min(tokenizer.model_max_length, positions(model.config) or 2**30)
-    pairs = [text.split("\t", 1) for text in texts]
-    cut = sum(len(tokenizer(*pair, truncation=False, verbose=False)["input_ids"]) > length for pair in pairs)
+def _for_reading(model: Any, tokenizer: Any) -> Any:
+    """A copy of the tokenizer that cuts where the model has no more positions and fills up behind the texts of a batch,
+    with any token if it has none for that: the mask hides it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions(model.config) or 2**30)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None and task_of(model) in ("features", "sequence-classification"):
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def _warn_of_cuts(tokenizer: Any, texts: Sequence[Sequence[str]]) -> None:
+    """Say how many texts, or pairs of them, are cut."""
+    length = tokenizer.model_max_length
+    cut = sum(len(tokenizer(*text, truncation=False, verbose=False)["input_ids"]) > length for text in texts)
     if cut:
         _log.warning("%d of %d texts have more than %d tokens and are cut there", cut, len(texts), length)
-    return length

@@ -197,8 +197,7 @@ def _entry(config: dict[str, Any]) -> Any:
 
 def _inputs(config: dict[str, Any]) -> dict[str, Any]:
     """What a model's pretrained_cfg gets of its directory."""
-    names = {"label_names": config["label_names"]} if "label_names" in config else {}
-    return {**config["pretrained_cfg"], **names}
+    return {**config["pretrained_cfg"], **{k: config[k] for k in ("label_names", "problem_type") if k in config}}
 
 
 def _load_image(config: dict[str, Any], directory: Path) -> Any:

@@ -72,9 +72,10 @@ class ImageModel:
 
 
 def saved_names(model: Any) -> dict[str, Any]:
-    """The names of the classes as config.json has them, where they have any."""
-    names = dict(model.pretrained_cfg).get("label_names")
-    return {} if names is None else {"label_names": names}
+    """The names of the classes as config.json has them, where they have any, and whether each is a question of its
+    own."""
+    cfg = dict(model.pretrained_cfg)
+    return {k: cfg[k] for k in ("label_names", "problem_type") if cfg.get(k) is not None}
 
 
 def image_size(model: Any) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from formix.models.image import image_size
 _log = logging.getLogger("formix")
 FIELDS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size")
 NAMES = "label_names"
+PROBLEM, INDEPENDENT = "problem_type", "multi_label_classification"  # transformers' words for a sigmoid of each class
 
 
 def image_inputs(model: Any) -> dict[str, Any]:
@@ -42,6 +43,13 @@ def label_names(model: Any) -> tuple[str, ...] | None:
     return tuple(named[number] for number in sorted(named))
 
 
+def independent_classes(model: Any) -> bool:
+    """Whether each class is a question of its own (a sigmoid, in place of softmax over classes)."""
+    if hasattr(model, "pretrained_cfg"):
+        return dict(model.pretrained_cfg).get(PROBLEM) == INDEPENDENT
+    return getattr(model.config, PROBLEM, None) == INDEPENDENT
+
+
 def keep_inputs(target: Any, source: Any) -> None:
     """Let an image model take its images as `source` does, in the size that it is built for unless it reads any, and
     name its classes so where they are the same."""
@@ -52,6 +60,8 @@ def keep_inputs(target: Any, source: Any) -> None:
         prepared["input_size"] = (target.in_chans, *image_size(target))  # type: ignore[misc]
     if (names := label_names(source)) is not None and len(names) == target.num_classes:
         prepared[NAMES] = list(names)
+    if independent_classes(source):
+        prepared[PROBLEM] = INDEPENDENT
     target.pretrained_cfg = {**target.pretrained_cfg, **prepared}
 
 
