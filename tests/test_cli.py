@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 
 import formix
-from formix.cli import main
+from formix.cli import USAGE, main
 
 SMALL = [
     "--designs=softmax,relu", "--seeds=1", "--epochs=1", "--limit=64", "--precision=float32", "--latency=false",
@@ -208,6 +209,16 @@ def test_a_wrong_command_ends_with_a_non_zero_status():
     assert len(process.stderr.splitlines()) == 1
 
 
+def test_a_reader_that_ends_early_is_no_error():
+    """`formix data | head` on a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "formix.cli", "data"]
+    process = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (1, "")
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"formix {formix.__version__}\n"
@@ -219,8 +230,14 @@ def test_help_lists_the_verbs(capsys):
     assert main([]) == 2
 
 
+@pytest.mark.parametrize("verb", USAGE)
+def test_help_of_verbs_without_flags(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: formix {verb}")
+
+
 HELPFUL = [
-    "compare", "convert", "train", "eval", "predict", "analyze",
+    "compare", "convert", "train", "eval", "export", "predict", "analyze",
     *(f"bench {name}" for name in ("attention", "block", "model", "converted", "targets")),
 ]  # fmt: skip
 

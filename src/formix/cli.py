@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +38,13 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "implementations": implementations,
 }
+# of the verbs whose arguments are no dataclass
+USAGE = {
+    "report": "RESULTS.json ... [--out=report.html] [--markdown | --joint]",
+    "designs": "[DESIGN ...]",
+    "data": "",
+    "implementations": "",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,11 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         return _fail(f"{verb!r} is no verb of formix; it has {', '.join(VERBS)}.")
+    if verb in USAGE and rest in (["-h"], ["--help"]):
+        print(f"usage: formix {verb} {USAGE[verb]}".rstrip() + f"\n\n{_summary(VERBS[verb])}")
+        return 0
     try:
-        return VERBS[verb](rest)
+        status = VERBS[verb](rest)
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         return _fail(" ".join(str(error).split()))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 1
         named = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
         return _fail(named.rstrip(".") + ".")
     except KeyboardInterrupt as interrupt:
@@ -70,6 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _summary(verb: Callable[..., int]) -> str:
     return (verb.__doc__ or "").splitlines()[0]
+
+
+def _nobody_reads() -> bool:
+    """Whether who read the output, `head` say, has ended; what is left of it is dropped then."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _fail(sentence: str) -> int:
