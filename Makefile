@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Modules are compiled when they are first imported, whatever the environment says: the tests start many processes.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test slow check readme kernels clean
 
 demo: $(VENV)/.installed

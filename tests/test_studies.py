@@ -28,6 +28,17 @@ SMALL = {
 }
 
 
+def small_copy(place: Path, folder: Path) -> Path:
+    """The first lines of every file of text; an archive of pictures as it is."""
+    if place.suffix == ".tar":
+        return place
+    for path in place.iterdir() if place.is_dir() else [place]:
+        copy = folder / path.relative_to(place.parent)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text("".join(path.read_text().splitlines(keepends=True)[:5000]))
+    return folder / place.name
+
+
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
 def test_study(study, tmp_path):
     settings = yaml.safe_load(study.read_text())
@@ -36,7 +47,7 @@ def test_study(study, tmp_path):
         prefix, place = PLACES[study.stem]
         if not (SHARED / place).exists():
             pytest.skip(f"needs {place}, which is not part of formix")
-        flags.append(f"--data={prefix}{SHARED / place}")
+        flags.append(f"--data={prefix}{small_copy(SHARED / place, tmp_path)}")
     if settings["data"] == "fashion-mnist" and not list(Path("/usr/share/datasets").glob("fashion-mnist*")):
         pytest.skip("needs Debian's dataset-fashion-mnist")
     source = settings["data"].partition(":")[0]
