@@ -25,8 +25,9 @@ ALL = [*PAIRS, *OTHERS, *COMBINED]
 TORCH = [*[pair for pair in PAIRS if pair[0] == "vit"], ("bert", "relu"), ("gpt2", "softmax"), ("gpt2", "skip")]
 ONNX = [("bert", "sima"), ("llama", "softmax"), ("activator", None)]
 OPENVINO = [("llama", "relu+skip")]
-RELU = [(family, "relu") for family in ("vit", "bert", "gpt2")]
-SLOW = {"torch": PAIRS, "onnx": [*RELU, *OTHERS, *COMBINED], "openvino": COMBINED}
+ALIKE = [("roberta", "relu"), ("distilbert", "relu"), ("llama", "relu"), ("xcit", "relu")]  # other cases' operators
+UNLIKE = [pair for pair in (*OTHERS, *COMBINED) if pair not in (*ALIKE, ("cvt", "sima"))]
+SLOW = {"torch": [*PAIRS, *ALIKE], "onnx": [("gpt2", "relu"), *UNLIKE], "openvino": COMBINED}
 assert {family for family, _ in ALL} == {*TEXT, *IMAGES}, "a new family has to be exported"
 
 
