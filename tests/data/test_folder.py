@@ -204,4 +204,4 @@ def test_pictures_of_other_formats_are_said_to_be_passed_over(tmp_path, caplog):
     (tmp_path / "cat" / "notes.txt").write_text("no picture")
     data = load_data(f"folder:{tmp_path}")
     assert sum(data.provenance["counts"].values()) == 30
-    assert f"1 files in {tmp_path} are passed over, such as cat/more.gif" in caplog.text
+    assert f"passed over in {tmp_path}: 1 of other formats, such as cat/more.gif" in caplog.text

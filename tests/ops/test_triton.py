@@ -100,7 +100,7 @@ def test_kernels_compile_and_fit_into_registers_and_shared_memory(case, launched
     calls, dtype, d, activation, capability = COMPILED[case]
     for call in calls(dtype, d, activation):
         kernels = launched(capability, *call)
-        assert kernels
+        assert any(spilled is not None for _, spilled in kernels), "ptxas says nothing of registers"
         for kernel, spilled in kernels:
             assert "cubin" in kernel.asm
             assert 0 < kernel.metadata.shared <= SHARED[capability] * 1024

@@ -56,6 +56,7 @@ def test_that_each_class_is_a_question_of_its_own(tmp_path):
     formix.save(model, tmp_path)
     assert independent_classes(formix.load(tmp_path))
     assert independent_classes(formix.convert(formix.load(tmp_path), "relu"))
+    assert not independent_classes(formix.create_model(tmp_path, num_classes=3))  # other classes
     text = small("bert", task="sequence-classification", num_labels=2)
     describe_data(text, Sentences(), "sigmoid")
     formix.save(text, tmp_path / "text")

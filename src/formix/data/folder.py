@@ -261,8 +261,8 @@ def _warn_of_others(root: Path, files: Sequence[PurePosixPath]) -> None:
     known = Image.registered_extensions()
     if (others := sorted(p for p in files if p.suffix.lower() in known)) and os.environ.get("RANK", "0") == "0":
         _log.warning(
-            "%d files in %s are passed over, such as %s: folders are searched for %s",
-            len(others), root, others[0], ", ".join(IMG_EXTENSIONS),
+            "passed over in %s: %d of other formats, such as %s; folders are searched for %s",
+            root, len(others), others[0], ", ".join(IMG_EXTENSIONS),
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from formix.design import Design
-from formix.models.image import saved_names
+from formix.models.image import about_classes
 
 
 class Designed:
@@ -39,7 +39,7 @@ class Designed:
         return {
             "architecture": "formix_vit",
             "num_classes": self.num_classes,
-            **saved_names(self),
+            **about_classes(dict(self.pretrained_cfg)),
             "num_features": self.num_features,
             "global_pool": self.global_pool,
             "model_args": {"base": self.base, "design": self.design.to_dict(), **arguments},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from formix.design import Design
 from formix.models import text
 from formix.models.designed import Designed
-from formix.models.image import ImageModel, image_size
+from formix.models.image import OF_CLASSES, ImageModel, about_classes, image_size
 from formix.models.recorded import ASIDE, FILE, remember_record, write_record
 
 _log = logging.getLogger("formix")
@@ -94,7 +94,7 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
     if not getattr(model, "dynamic_img_size", False):
         inputs["input_size"] = (model.in_chans, *image_size(model))  # type: ignore[misc]
     if new_classes:
-        inputs.pop("label_names", None)
+        inputs = {k: v for k, v in inputs.items() if k not in OF_CLASSES}
     if model.in_chans != (channels := config["model_args"].get("in_chans", 3)):
         _log.warning("the patch embedding is adapted from %d to %d channels", channels, model.in_chans)
         for statistic in {"mean", "std"} & inputs.keys():
@@ -197,7 +197,7 @@ def _entry(config: dict[str, Any]) -> Any:
 
 def _inputs(config: dict[str, Any]) -> dict[str, Any]:
     """What a model's pretrained_cfg gets of its directory."""
-    return {**config["pretrained_cfg"], **{k: config[k] for k in ("label_names", "problem_type") if k in config}}
+    return {**config["pretrained_cfg"], **about_classes(config)}
 
 
 def _load_image(config: dict[str, Any], directory: Path) -> Any:

@@ -24,6 +24,8 @@ RUNTIME_ARGUMENTS = (
     "attn_drop_rate", "patch_drop_rate", "head_bias", "head_zero_init", "pretrained_cfg", "pretrained_cfg_overlay",
     "cache_dir",
 )  # fmt: skip
+# what a config says of the classes, in timm's and transformers' words; pretrained_cfg has them too
+OF_CLASSES = NAMES, PROBLEM = "label_names", "problem_type"
 
 
 class ImageModel:
@@ -59,7 +61,7 @@ class ImageModel:
         return {
             "architecture": self.architecture,
             "num_classes": self.num_classes,
-            **saved_names(self),
+            **about_classes(dict(self.pretrained_cfg)),
             "num_features": self.num_features,
             "global_pool": self.global_pool,
             "model_args": arguments,
@@ -71,11 +73,9 @@ class ImageModel:
         return state
 
 
-def saved_names(model: Any) -> dict[str, Any]:
-    """The names of the classes as config.json has them, where they have any, and whether each is a question of its
-    own."""
-    cfg = dict(model.pretrained_cfg)
-    return {k: cfg[k] for k in ("label_names", "problem_type") if cfg.get(k) is not None}
+def about_classes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The names of the classes, where they have any, and whether each is a question of its own."""
+    return {k: config[k] for k in OF_CLASSES if config.get(k) is not None}
 
 
 def image_size(model: Any) -> tuple[int, int] | None:

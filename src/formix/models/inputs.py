@@ -9,12 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from formix.models.image import image_size
+from formix.models.image import NAMES, PROBLEM, image_size
 
 _log = logging.getLogger("formix")
 FIELDS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size")
-NAMES = "label_names"
-PROBLEM, INDEPENDENT = "problem_type", "multi_label_classification"  # transformers' words for a sigmoid of each class
+INDEPENDENT = "multi_label_classification"  # transformers' word for a sigmoid of each class
 
 
 def image_inputs(model: Any) -> dict[str, Any]:

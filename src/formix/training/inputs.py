@@ -12,7 +12,8 @@ from torch import nn
 from formix.data import Data
 from formix.data.byte_tokenizer import byte_tokenizer
 from formix.models import save
-from formix.models.inputs import INDEPENDENT, NAMES, PROBLEM
+from formix.models.image import NAMES, PROBLEM
+from formix.models.inputs import INDEPENDENT
 from formix.training.config import Loss
 
 SENTENCE_INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
