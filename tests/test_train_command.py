@@ -138,6 +138,9 @@ def test_other_text_is_read_as_the_training_s_was(run_of, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == ours
     assert main(["eval", str(out / "model"), other]) == 2  # bytes, which are not its tokens
     assert "--tokenizer" in capsys.readouterr().err
+    train_wordpiece([text]).save_pretrained(out / "model")
+    assert main(["eval", str(out / "model"), other, "--json", *flags[1:]]) == 0  # with the one beside the weights
+    assert json.loads(capsys.readouterr().out) == ours
     assert main(["eval", str(out), other, "--sequence-length=1000"]) == 2
     assert "sequence_length is 1000" in capsys.readouterr().err
 
@@ -151,6 +154,9 @@ def test_a_vocabulary_made_of_sentences_is_not_made_of_others(run_of, tmp_path, 
     out = run_of("bert-tiny", recorded, num_labels=2, vocab_size=8000, **BERT)
     assert main(["eval", str(out), f"--data=glue:{tmp_path / 'RTE'}"]) == 2
     assert "a vocabulary of the sentences of 'glue:elsewhere/SST-2'" in capsys.readouterr().err
+    train_wordpiece(["a train dev no entailment"]).save_pretrained(out / "model")
+    assert main(["eval", str(out), f"--data=glue:{tmp_path / 'RTE'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 40
 
 
 def test_other_pictures_are_scaled_to_the_model_s_size(trained, capsys):

@@ -191,9 +191,11 @@ def test_kernels_stay_if_asked_for(tmp_path):
     assert any("import formix" in note for note in sheet.notes)
 
 
-def test_no_path_of_this_machine_is_in_a_file(tmp_path):
+def test_no_path_of_this_machine_and_no_older_weights_are_left(tmp_path):
+    (tmp_path / "model.onnx.data").write_text("the weights of a larger model, exported before")
     for format in ("torch", "onnx"):  # OpenVINO's IR is made of torch's program
         export_model(model_of("activator"), tmp_path, format=format)
+    assert not (tmp_path / "model.onnx.data").exists()
     root = str(formix.__path__[0]).encode()
     for path in tmp_path.iterdir():
         parts = [path.read_bytes()]

@@ -33,7 +33,7 @@ class EvalConfig:
     task: Literal["masked-lm"] | None = None  # None: what the data are for
     mask_probability: float | None = None  # of masked-lm
     sequence_length: int | None = None  # tokens of a window or sentence
-    tokenizer: str | None = None  # a transformers tokenizer directory
+    tokenizer: str | None = None  # a transformers tokenizer directory; None: the one beside the weights, where one is
     img_size: int | None = None  # side that images of folders are scaled to
     validation_fraction: float | None = None  # as in the training, so that the splits are the same
     test_fraction: float | None = None  # likewise, where the data have no test split
@@ -59,7 +59,7 @@ def evaluate(arguments: list[str]) -> int:
     model = load(directory)
     if not trained and config.data is None:
         raise ValueError(f"{directory} does not say what data it is for; give --data.")
-    job = _job(config, trained, model)
+    job = _job(config, trained, model, directory)
     data = job.load_data()
     own_data = bool(trained) and job.data == trained["data"]
     if data.in_chans in (1, getattr(model, "in_chans", 3)) and not own_data and _knows_statistics(model):
@@ -82,8 +82,9 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
-    """The settings of the data: those asked for, else those of the training, as far as they are about the model.
+def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Path) -> JobConfig:
+    """The settings of the data: those asked for, else those of the training, as far as they are about the model. Text
+    is read with the tokenizer beside the weights, unless the run's settings make the same tokens.
 
     Raises:
         ValueError: data of another kind than the model's, or whose vocabulary would be another.
@@ -105,7 +106,10 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
     elif task == "image-classification" and size is not None and size[0] == size[1] and not same:
         settings.setdefault("img_size", size[0])
     changed = [name for name in WORDS if settings.get(name) != trained.get(name)]
-    if source == "glue" and trained and settings.get("tokenizer") is None and changed:
+    of_sentences = source == "glue" and bool(trained) and settings.get("tokenizer") is None
+    if source in TEXTS and (not trained or (of_sentences and changed)) and (directory / "tokenizer.json").is_file():
+        settings["tokenizer"] = settings.get("tokenizer") or str(directory)
+    elif of_sentences and changed:
         raise ValueError(
             f"The model in {config.model} was trained with a vocabulary of the sentences of {trained['data']!r}, "
             f"and another {changed[0]} makes another one; train it with a --tokenizer to use it elsewhere."

@@ -136,6 +136,8 @@ def export_model(
         sheet = dataclasses.replace(sheet, files=files, opset=opset, check=check)
         for name in files:  # the model itself last: what it refers to is there by then
             os.replace(partial / name, path.parent / name)
+        if (weights := f"{path.name}.data") not in files:  # of a larger model that was here before
+            (path.parent / weights).unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for companion in companions:
