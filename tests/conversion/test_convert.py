@@ -485,8 +485,10 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
     assert main(["convert", str(tmp_path / "source"), "--design=paf", f"--out={tmp_path / 'out'}"]) == 0
     model = hf.AutoModel.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "FormixBertModel"
-    assert (tmp_path / "out" / "vocab.txt").is_file()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    (tmp_path / "source" / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    assert main(["convert", str(tmp_path / "source"), "--design=relu", f"--out={tmp_path / 'out'}"]) == 0
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "[PAD]\n[UNK]\n"
     for flags, words in (
         ([], "out is missing"),
         (["--max-loss=1"], "give --search=N too"),
@@ -498,6 +500,29 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
     ):
         assert main(["convert", str(tmp_path / "source"), "--design=paf", *flags]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_the_modules_of_a_sentence_model_go_along(tmp_path) -> None:
+    from formix.cli import main
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(source)
+    for place, name in ((source, "sentence_bert_config.json"), (source / "1_Pooling", "config.json"), (tmp_path, "x")):
+        place.mkdir(exist_ok=True)
+        (place / name).write_text('{"pooling_mode": "cls"}')
+    places = ["", "1_Pooling", "2_Normalize", "..", str(tmp_path)]  # one that needs no files, two that are not its own
+    (source / "modules.json").write_text(json.dumps([{"idx": i, "path": p} for i, p in enumerate(places)]))
+    assert main(["convert", str(source), "--design=relu", f"--out={out}"]) == 0
+    copied = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.suffix == ".json"}
+    assert set(copied) == {
+        "config.json",
+        "conversion.json",
+        "modules.json",
+        "sentence_bert_config.json",
+        "1_Pooling/config.json",
+    }
+    assert copied["1_Pooling/config.json"].read_text() == '{"pooling_mode": "cls"}'
+    assert formix.load(out).config.hidden_size == 32
 
 
 def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -> None:

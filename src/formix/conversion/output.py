@@ -9,7 +9,7 @@ from typing import Any
 
 from formix.conversion.record import Conversion
 from formix.conversion.report import write_report
-from formix.models.companions import COMPANIONS
+from formix.models.companions import companions, sentence_modules
 from formix.models.recorded import FILE
 
 SEARCH, RECOVERY = "search.json", "recovery"
@@ -44,17 +44,23 @@ class ConversionDirectory:
         """Write the model, last its record, and only then remove what a killed run would go on from."""
         from formix import save
 
-        (self.path / FILE).unlink(missing_ok=True)
+        for name in (Path(FILE), *self._companions()):  # of what was here before
+            (self.path / name).unlink(missing_ok=True)
         save(model, self.path)
         shutil.rmtree(self.recovery, ignore_errors=True)
 
     def complete(self, conversion: Conversion) -> None:
-        """Add the tokenizer or image processor of the source, and the report of a recovery."""
-        for name in COMPANIONS:
-            if (self.source / name).is_file() and not (self.path / name).exists():
+        """Add the tokenizer or image processor of the source, what makes sentence embeddings of its outputs, and the
+        report of a recovery."""
+        for name in self._companions():
+            if not (self.path / name).exists():
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.source / name, self.path / name)
         if conversion.speed:
             write_report(conversion.to_dict(), self.path / "report.html")
+
+    def _companions(self) -> list[Path]:
+        return [*companions(self.source), *sentence_modules(self.source)]
 
     def found(self, request: dict[str, Any]) -> list[int] | None:
         """The layers that a search of the same conversion chose before it was killed."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from formix.models.companions import COMPANIONS
+from formix.models.companions import companions as companions_of
 from formix.models.designed import Designed
 from formix.models.image import ImageModel, image_size
 from formix.models.inputs import image_inputs, label_names
@@ -43,7 +43,7 @@ def read_source(source: Any, *, img_size: int | None = None) -> Source:
     if isinstance(source, str | Path):
         directory, _ = trained_model(Path(source))
         model = load(directory)
-        companions = tuple(directory / name for name in COMPANIONS if (directory / name).is_file())
+        companions = tuple(directory / name for name in companions_of(directory))
     elif (
         not isinstance(model, Designed | ImageModel) and getattr(getattr(model, "config", None), "design", None) is None
     ):
