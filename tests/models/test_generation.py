@@ -111,6 +111,21 @@ def test_tokens_in_pieces_equal_tokens_at_once(family: str, design: str) -> None
 
 
 @both
+def test_either_name_of_the_cache(family: str) -> None:
+    """transformers calls it `past_key_values` before 5.24 and `cache` since; its heads hand on their own name alone."""
+    trunk, ids = small(family, formix.design("relu")).double().base_model, tokens(2, 6)
+    expected = trunk(ids, use_cache=False).last_hidden_state[:, -2:]
+    for name in ("past_key_values", "cache"):
+        given = DynamicCache()
+        trunk(ids[:, :4], use_cache=True, **{name: given})
+        rest = trunk(ids[:, 4:], use_cache=True, **{name: given})
+        torch.testing.assert_close(rest.last_hidden_state, expected)
+        assert rest.past_key_values is given
+    with pytest.raises(ValueError, match="as past_key_values or as cache, not as both"):
+        trunk(ids, past_key_values=given, cache=given)
+
+
+@both
 @every
 @torch.no_grad()
 def test_padding_left_right_and_none_agree(family: str, design: formix.Design) -> None:

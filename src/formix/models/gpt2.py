@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from formix.design import GatedUnit, LayerDesign
 from formix.layers.attention import KeyValue
 from formix.models.hf import (
+    CACHE,
     DesignedAttention,
     DesignedBlock,
     WithHead,
@@ -159,14 +160,16 @@ class FormixGPT2Model(FormixGPT2PreTrainedModel, GPT2Model):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """As transformers' `GPT2Model.forward`; masks are tokenizer masks [batch, past + tokens] or boolean 4-D.
+        """As transformers' `GPT2Model.forward`, whose `past_key_values` is `cache` since 5.24. Masks are tokenizer
+        masks [batch, past + tokens] or boolean 4-D.
 
         With left padding pass `position_ids` too, as `generate` does: positions count from the first column if not.
         """
         check_inputs(input_ids, inputs_embeds, kwargs)
-        past_key_values, use_cache = cache_of(self, past_key_values, use_cache)
+        past_key_values, use_cache = cache_of(self, past_key_values, cache, use_cache)
         x: Any = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # [B, N, C]
         if position_ids is None:
             position_ids = next_positions(x, past_key_values)
@@ -174,15 +177,15 @@ class FormixGPT2Model(FormixGPT2PreTrainedModel, GPT2Model):
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         x = x + self.wpe(position_ids)
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids)
         x = run_layers(self.h, self.layers, self.drop(x), as_boolean(mask), past_key_values=past_key_values)
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.ln_f(x), **{CACHE: past_key_values if use_cache else None}
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from formix.design import Design, GatedUnit, LayerDesign, Pointwise
@@ -18,6 +20,9 @@ from formix.layers import attend, compose
 from formix.layers.attention import GATES, KeyValue
 from formix.layers.layout import Norm, norm_position, norms_used
 from formix.models.kv_heads import KeyValueHeads
+
+# what masks and outputs of transformers call the keys and values of earlier tokens: "cache" since 5.24
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 def resolved_design(config: PreTrainedConfig) -> Design:
@@ -293,8 +298,11 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs:
         raise ValueError("output_attentions is True, but formix never forms the matrix of attention weights.")
 
 
-def cache_of(model: Any, past_key_values: Any, use_cache: bool | None) -> tuple[Any, bool | None]:
-    """The cache that a decoder's forward pass reads and fills, and whether it is given back."""
+def cache_of(model: Any, past_key_values: Any, cache: Any, use_cache: bool | None) -> tuple[Any, bool | None]:
+    """The cache that a decoder's forward pass reads and fills, under either name, and whether it is given back."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Give the keys and values of earlier tokens as past_key_values or as cache, not as both.")
+    past_key_values = cache if past_key_values is None else past_key_values
     if model.gradient_checkpointing and model.training:
         return None, False  # recomputing a layer would add to the cache again
     if use_cache and past_key_values is None:

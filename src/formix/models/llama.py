@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 from formix.design import GatedUnit, LayerDesign
 from formix.layers.attention import KeyValue
 from formix.models.hf import (
+    CACHE,
     DesignedAttention,
     DesignedBlock,
     WithHead,
@@ -203,11 +204,14 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As transformers' `LlamaModel.forward`; masks are tokenizer masks [batch, past + tokens] or boolean 4-D."""
+        """As transformers' `LlamaModel.forward`, whose `past_key_values` is `cache` since 5.24. Masks are tokenizer
+        masks [batch, past + tokens] or boolean 4-D.
+        """
         check_inputs(input_ids, inputs_embeds, kwargs)
-        past_key_values, use_cache = cache_of(self, past_key_values, use_cache)
+        past_key_values, use_cache = cache_of(self, past_key_values, cache, use_cache)
         x: Any = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, N, C]
         if position_ids is None:
             position_ids = next_positions(x, past_key_values)
@@ -215,8 +219,8 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
             "config": self.config,
             "inputs_embeds": x,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
             "position_ids": position_ids,
+            CACHE: past_key_values,
         }
         # generate() prepares the masks of static caches itself, one for each type of layer
         masks: dict[str, Any] = attention_mask if isinstance(attention_mask, dict) else {}
@@ -230,7 +234,7 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
         rotation = self.rotary_emb(x, position_ids=position_ids)
         x = run_layers(self.layers, self.layer_designs, x, (full, window), rotation, past_key_values=past_key_values)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(x), **{CACHE: past_key_values if use_cache else None}
         )
 
 
