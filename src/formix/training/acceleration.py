@@ -29,7 +29,9 @@ def recompute_activations(model: nn.Module) -> None:
     if hasattr(parts, "set_grad_checkpointing"):  # timm's name
         parts.set_grad_checkpointing()
     elif getattr(parts, "supports_gradient_checkpointing", False):  # transformers'
-        parts.gradient_checkpointing_enable({"use_reentrant": False})
+        name = "activation_checkpointing_enable"
+        enable = getattr(parts, name, None) or parts.gradient_checkpointing_enable  # its name before 5.24
+        enable({"use_reentrant": False})
     else:
         raise ValueError(
             f"A {type(model).__name__} cannot recompute its activations; leave activation_checkpointing off."
