@@ -73,9 +73,11 @@ def convert(arguments: list[str]) -> int:
     designs = names(config.design, "design")
     places = {name: Path(str(config.out)) / name if len(designs) > 1 else Path(str(config.out)) for name in designs}
     outs = {} if config.dry_run else {name: ConversionDirectory(places[name], config.source) for name in designs}
+    recovery, _ = _recovery(config)
+    torch.manual_seed(recovery.seed)  # of a head that the source's weights lack
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
     if config.recover is not None or config.perplexity is not None:
-        check_length(source, _recovery(config)[0].sequence_length)
+        check_length(source, recovery.sequence_length)
     for design in designs:
         if config.dry_run:
             print(plan_conversion(source, design, layers=config.layers, keep=config.keep))
