@@ -494,6 +494,13 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
         (['--recovery={"stages": "match:3s"}'], "recovery has 'stages' but there is no recovery"),
         (["--out=x", "--checkpoint=x.pth"], "directory of transformers', which takes no checkpoint"),
         (["--out=x", '--model_args={"num_classes": 3}'], "takes no model_args"),
+        (["--out=x", "--threads=0"], "threads is 0; it must be 1 to 4096"),
+        (["--out=x", "--probe=digits"], "probe is for models of images, and the source is a BertModel"),
+        (["--out=x", "--perplexity=text:x"], "perplexity is for language models that write"),
+        (
+            ["--out=x", "--recover=text:x", '--recovery={"batch_size": "many"}'],
+            "batch_size is many; it must be a whole",
+        ),
         (["--out=x", "--sts=x.tsv", "--source=vit_tiny_patch16_224", "--task=BertModel"], "takes no task"),
     ):
         assert main(["convert", str(tmp_path / "source"), "--design=paf", *flags]) == 2
@@ -516,6 +523,7 @@ def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -
         assert main(["convert", str(source), f"--design={design}", f"--out={out}"]) == 0
         assert ("holds this conversion already" in capsys.readouterr().out) == said
     assert json.loads((out / "conversion.json").read_text())["request"]["design"] == "relu"
+    torch.manual_seed(1)
     hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(source)  # other weights
     assert main(["convert", str(source), "--design=relu", f"--out={out}"]) == 0
     assert "already" not in capsys.readouterr().out

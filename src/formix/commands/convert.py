@@ -44,6 +44,8 @@ class ConvertConfig:
     record: str | None = None  # a directory for the records of studies and the table over them
 
     def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 4096:
+            raise ValueError(f"threads is {self.threads}; it must be 1 to 4096.")
         if self.search is None and (self.max_loss is not None or self.max_milliseconds is not None):
             raise ValueError("max_loss and max_milliseconds are budgets of a search; give --search=N too.")
         if self.search is not None and (self.recover is None or self.layers is not None or self.keep is not None):
@@ -76,6 +78,7 @@ def convert(arguments: list[str]) -> int:
     recovery, _ = _recovery(config)
     torch.manual_seed(recovery.seed)  # of a head that the source's weights lack
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
+    _refuse_metrics(source, config)
     if config.recover is not None or config.perplexity is not None:
         check_length(source, recovery.sequence_length)
     for design in designs:
@@ -203,7 +206,22 @@ def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
     if unknown := sorted(set(config.recovery) - known):
         raise ValueError(f"recovery has {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
     place = config.source if Path(config.source).is_dir() else None
-    return Recovery(data=config.recover or "", **config.recovery), place
+    given = {"data": config.recover or "", **config.recovery}
+    flags = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
+    return parse(Recovery, "convert", flags), place
+
+
+def _refuse_metrics(source: Any, config: ConvertConfig) -> None:
+    """Raise `ValueError` for a measure of another kind of model."""
+    text = hasattr(getattr(source, "config", None), "vocab_size")
+    measures = {
+        "sts": (text, "models of text"),
+        "probe": (not text, "models of images"),
+        "perplexity": (text and source.can_generate(), "language models that write"),
+    }
+    for name, (fits, kind) in measures.items():
+        if getattr(config, name) is not None and not fits:
+            raise ValueError(f"{name} is for {kind}, and the source is a {type(source).__name__}; leave it out.")
 
 
 def _metrics(config: ConvertConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from formix.data import Data
     from formix.training.job import JobConfig
 
-_log = logging.getLogger("formix")
 # how a text model reads: as in its training, whatever the data
 READING = ("sequence_length", "tokenizer", "task", "mask_probability")
 TEXTS = ("stdlib", "text", "glue")
@@ -138,38 +136,15 @@ def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
     """ValueError where the model's input or output is not what the data give and ask for."""
     from formix.comparison.models import check_images
-    from formix.models.inputs import label_names
+    from formix.evaluation.labels import check_labels
     from formix.models.text import task_of
 
-    config, task = getattr(model, "config", None), task_of(model)
-    if data.task.replace("regression", "classification") != task:
-        raise ValueError(f"The model in {directory} is for {task}, and {data.name!r} is for {data.task}.")
     check_images(model, data, directory)
-    if config is not None and task != "image-classification":
-        has, needs = config.vocab_size, data.vocab_size
+    check_labels(model, data, f"The model in {directory}")
+    if task_of(model) != "image-classification":
+        has, needs = model.config.vocab_size, data.vocab_size
         if has < needs or (has > needs and not own_vocabulary):
             raise ValueError(
                 f"The model in {directory} knows {has} tokens and {data.name!r} has {needs}; give the tokenizer that "
                 "it was trained with as --tokenizer."
             )
-    if task in ("image-classification", "sequence-classification"):
-        has = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
-        if has != data.num_classes:
-            raise ValueError(
-                f"The model in {directory} has {has or 'no'} classes and {data.name!r} has {data.num_classes}."
-            )
-        _check_names(label_names(model), data, directory)
-
-
-def _check_names(names: tuple[str, ...] | None, data: Data, directory: Path) -> None:
-    """ValueError for other classes than the model's, or the same in another order; where no name is shared they may be
-    the same in other words, and a warning says so."""
-    if names is None or data.class_names is None or names == data.class_names:
-        return
-    number, (its, other) = next(
-        (i, p) for i, p in enumerate(zip(names, data.class_names, strict=True)) if len({*p}) > 1
-    )
-    differ = f"Class {number} of the model in {directory} is {its!r}, and of {data.name!r} {other!r}"
-    if set(names) & set(data.class_names):
-        raise ValueError(f"{differ}; give data with the model's classes, in their order.")
-    _log.warning("%s; the metric takes them for the same", differ)

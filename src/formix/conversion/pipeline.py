@@ -24,6 +24,7 @@ from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.text import load_tokenizer
+from formix.evaluation.labels import check_labels
 from formix.evaluation.probe import normalised_for
 from formix.models.image import image_size
 from formix.training.parallel import start
@@ -68,9 +69,9 @@ class Recovery:
 
 def parse_stages(text: str) -> list[tuple[str, float, str, float]]:
     """ "match:240s:5e-4,align:2epochs" as (name, number, unit, learning rate)."""
-    parsed = []
+    parsed, number = [], r"(\d+\.?\d*(?:e[+-]?\d+)?)"
     for item in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(\w+):([\d.]+)(s|steps|epochs)(?::([\d.e+-]+))?", item)
+        match = re.fullmatch(rf"(\w+):{number}(s|steps|epochs)(?::{number})?", item)
         if not match or match[1] not in STAGES or float(match[2]) <= 0:
             raise ValueError(
                 f"{item!r} is no stage; write NAME:BUDGET or NAME:BUDGET:LEARNING_RATE, the name one of "
@@ -89,7 +90,10 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     from formix.models.text import check_length
 
     if not hasattr(model, "config"):
-        return _images(model, recovery), recovery.batch_size
+        data = _images(model, recovery)
+        if recovery.labelled:
+            check_labels(model, data, "The model")
+        return data, recovery.batch_size
     if recovery.on_bad_sample == "skip":
         raise ValueError("on_bad_sample='skip' is for images in files, and the model reads text; leave it out.")
     check_length(model, recovery.sequence_length)
@@ -107,6 +111,8 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
                 f"The tokenizer has {data.vocab_size} tokens and the model {model.config.vocab_size}; recovery needs "
                 "the model's own."
             )
+        if recovery.labelled:
+            check_labels(model, data, "The model")
         return data, recovery.batch_size
     data = load_sentences(
         recovery.data,
@@ -144,19 +150,28 @@ def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
     return recovery.tokenizer
 
 
-def _images(model: Any, recovery: Recovery) -> Data:
+def image_side(model: Any, asked: int | None) -> int:
+    """The side of the images that a model reads: the one asked for, or its own.
+
+    Raises:
+        ValueError: a side that the model does not read.
+    """
     own: Any = image_size(model)
     free = getattr(model, "dynamic_img_size", False)
-    size = recovery.img_size or (model.pretrained_cfg["input_size"][-1] if free else own[0])
+    size = asked or (model.pretrained_cfg["input_size"][-1] if free else own[0])
     patch = model.patch_embed.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
     if not free and (size, size) != own:
         raise ValueError(f"img_size is {size}; this model reads images of {own[0]} x {own[1]} alone.")
     if size % patch:
         raise ValueError(f"img_size is {size}; it must be a multiple of the model's patch, {patch}.")
+    return size
+
+
+def _images(model: Any, recovery: Recovery) -> Data:
     data = load_data(
         recovery.data,
-        img_size=size,
+        img_size=image_side(model, recovery.img_size),
         seed=recovery.seed,
         limit=recovery.limit,
         on_bad_sample=recovery.on_bad_sample,
@@ -200,8 +215,8 @@ def run(
         return {name: metric(current) for name, metric in measured.items()}
 
     stages = _stages(recovery, math.ceil(len(data.train) / batch_size), batch_size)
-    refuse_stages(model, data, stages, recovery.labelled)
-    conversion, distillation = model.conversion, Distillation(teacher, model, data, False)
+    conversion, distillation = model.conversion, Distillation(teacher, model, data, recovery.labelled)
+    refuse_stages(model, distillation, stages)
 
     def match_error(step: str) -> None:
         held_out = DataLoader(data.validation, batch_size=batch_size, collate_fn=collate)
