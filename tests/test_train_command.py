@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import formix
 from formix.cli import main
 from formix.data.glue import train_wordpiece
+from formix.data.text import load_tokenizer
 from formix.training import Point, Step, job
 from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory
 from formix.training.trackers import Trackers
@@ -138,6 +139,9 @@ def test_other_text_is_read_as_the_training_s_was(run_of, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == ours
     assert main(["eval", str(out / "model"), other]) == 2  # bytes, which are not its tokens
     assert "--tokenizer" in capsys.readouterr().err
+    load_tokenizer(tokenizer).save_pretrained(out / "model")
+    assert main(["eval", str(out / "model"), other, "--json", *flags[1:]]) == 0  # those that lie beside it
+    assert json.loads(capsys.readouterr().out) == ours
     assert main(["eval", str(out), other, "--sequence-length=1000"]) == 2
     assert "sequence_length is 1000" in capsys.readouterr().err
 

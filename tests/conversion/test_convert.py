@@ -494,6 +494,7 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
         (['--recovery={"stages": "match:3s"}'], "recovery has 'stages' but there is no recovery"),
         (["--out=x", "--checkpoint=x.pth"], "directory of transformers', which takes no checkpoint"),
         (["--out=x", '--model_args={"num_classes": 3}'], "takes no model_args"),
+        (["--out=x", "--design=paf,nope"], "'nope' is no design"),
         (["--out=x", "--threads=0"], "threads is 0; it must be 1 to 4096"),
         (["--out=x", "--probe=digits"], "probe is for models of images, and the source is a BertModel"),
         (["--out=x", "--perplexity=text:x"], "perplexity is for language models that write"),

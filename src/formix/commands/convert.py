@@ -62,9 +62,10 @@ def convert(arguments: list[str]) -> int:
     """Convert a pretrained model to another design."""
     import torch
 
-    from formix.conversion.carry import plan_conversion
+    from formix.conversion.carry import choose, plan_conversion
     from formix.conversion.load import load_source
     from formix.conversion.output import ConversionDirectory
+    from formix.conversion.source import open_source
     from formix.models.text import check_length
 
     study, config = _config(arguments)
@@ -79,6 +80,9 @@ def convert(arguments: list[str]) -> int:
     torch.manual_seed(recovery.seed)  # of a head that the source's weights lack
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
     _refuse_metrics(source, config)
+    opened = open_source(source)
+    for design in designs:  # before the first of them takes its time
+        choose(opened, design, config.layers, config.keep)
     if config.recover is not None or config.perplexity is not None:
         check_length(source, recovery.sequence_length)
     for design in designs:

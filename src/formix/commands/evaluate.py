@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 # how a text model reads: as in its training, whatever the data
 READING = ("sequence_length", "tokenizer", "task", "mask_probability")
-TEXTS = ("stdlib", "text", "glue")
 # what decides the vocabulary that GLUE's sentences give without a tokenizer
 WORDS = ("data", "limit", "validation_fraction")
 
@@ -46,6 +45,7 @@ def evaluate(arguments: list[str]) -> int:
     """Print the metric of a trained model: formix eval DIR --data=NAME."""
     from formix import load
     from formix.evaluation.probe import normalised_for
+    from formix.models.inputs import knows_statistics
     from formix.training import evaluate as measure
     from formix.training.job import trained_model
 
@@ -57,10 +57,10 @@ def evaluate(arguments: list[str]) -> int:
     model = load(directory)
     if not trained and config.data is None:
         raise ValueError(f"{directory} does not say what data it is for; give --data.")
-    job = _job(config, trained, model)
+    job = _job(config, trained, model, directory)
     data = job.load_data()
     own_data = bool(trained) and job.data == trained["data"]
-    if data.in_chans in (1, getattr(model, "in_chans", 3)) and not own_data and _knows_statistics(model):
+    if data.in_chans in (1, getattr(model, "in_chans", 3)) and not own_data and knows_statistics(model):
         data = normalised_for(model, data)
     if job.tokenizer is not None:
         _check_tokenizer(data.tokenizer, job.tokenizer, directory)
@@ -80,13 +80,15 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
-    """The settings of the data: those asked for, else those of the training, as far as they are about the model.
+def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Path) -> JobConfig:
+    """The settings of the data: those asked for, else those of the training, as far as they are about the model, else
+    the tokenizer beside it.
 
     Raises:
         ValueError: data of another kind than the model's, or whose vocabulary would be another.
     """
-    from formix.data import IMAGES
+    from formix.data import IMAGES, TEXTS
+    from formix.data.text import own_tokenizer
     from formix.models.image import image_size
     from formix.models.text import check_length, task_of
     from formix.training.job import JobConfig
@@ -98,6 +100,8 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
     source, task, size = settings["data"].partition(":")[0], task_of(model), image_size(model)
     if source in (TEXTS if task == "image-classification" else IMAGES):
         raise ValueError(f"The model in {config.model} is for {task}, which {settings['data']!r} is not for.")
+    if source in TEXTS and not trained:
+        settings.setdefault("tokenizer", own_tokenizer(directory))
     if task == "masked-lm":
         settings.setdefault("task", task)
     elif task == "image-classification" and size is not None and size[0] == size[1] and not same:
@@ -110,14 +114,6 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any) -> JobConfig:
         )
     check_length(model, config.sequence_length or 0)
     return JobConfig(**settings)
-
-
-def _knows_statistics(model: Any) -> bool:
-    """Whether the statistics in a model's config are those that its weights were trained with: of a model that formix
-    trained or converted. Any other has timm's, whatever its training did."""
-    from formix.models.inputs import label_names
-
-    return getattr(model, "conversion_record", None) is not None or label_names(model) is not None
 
 
 def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:

@@ -23,13 +23,12 @@ from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
-from formix.data.text import load_tokenizer
+from formix.data.text import load_tokenizer, own_tokenizer
 from formix.evaluation.labels import check_labels
 from formix.evaluation.probe import normalised_for
 from formix.models.image import image_size
 from formix.training.parallel import start
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one makes a tokenizer
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
 Metric = Callable[[nn.Module], float]
 
@@ -133,19 +132,18 @@ def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
     Raises:
         ValueError: neither, or one with other words or numbers than the source's own.
     """
-    # of a directory without a vocabulary transformers makes a tokenizer that knows no word
-    has_own = source is not None and any((Path(source) / file).is_file() for file in VOCABULARIES)
+    beside = None if source is None else own_tokenizer(Path(source))
     if recovery.tokenizer is None:
-        if not has_own:
+        if beside is None:
             raise ValueError("tokenizer is missing; name the directory of the model's own.")
-        return str(source)
-    if has_own:
-        given, own = (load_tokenizer(str(place)).get_vocab() for place in (recovery.tokenizer, source))
+        return beside
+    if beside is not None:
+        given, own = (load_tokenizer(place).get_vocab() for place in (recovery.tokenizer, beside))
         if other := sorted((number, word) for word, number in given.items() if own.get(word) != number):
             number, word = other[0]
             raise ValueError(
                 f"tokenizer is {recovery.tokenizer!r}, in which {word!r} is token {number}; in the model's own, in "
-                f"{str(source)!r}, it is {own.get(word, 'none')}: leave tokenizer out."
+                f"{beside!r}, it is {own.get(word, 'none')}: leave tokenizer out."
             )
     return recovery.tokenizer
 
