@@ -94,6 +94,10 @@ def test_calibration_is_undone_on_the_way_back() -> None:
     source = make("bert")
     model = formix.convert(source, "relu")
     calibrate(model, formix.convert(source, "softmax"), [inputs(source)])
+    plan = model.conversion.plan
+    assert len(plan["folded"]) == 3
+    assert len(plan["kept"]) + len(plan["folded"]) == len(source.state_dict())
+    assert not set(plan["kept"]) & set(plan["folded"])
     back = formix.convert(model, "softmax")
     torch.testing.assert_close(run(back, inputs(source)), run(source, inputs(source)), rtol=0, atol=1e-10)
 
