@@ -23,7 +23,7 @@ from formix.conversion.pipeline import run as run_pipeline
 from formix.conversion.recover import Stage, recover
 from formix.conversion.report import _inputs
 from formix.conversion.roles import layers, weight_in_out
-from formix.conversion.sentences import Sentences
+from formix.conversion.sentences import Sentences, load_sentences
 from formix.conversion.taps import answer, tapped
 from formix.data import Data
 from formix.data.text import load_tokenizer
@@ -368,6 +368,23 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
         load_recovery_data(formix.convert(make("vit"), "relu"), Recovery(data="digits", img_size=64))
     with pytest.raises(ValueError, match="multiple"):
         load_recovery_data(formix.convert(make("hf-dinov2"), "relu"), Recovery(data="digits", img_size=30))
+    for name, data, kind in (("gpt2", "digits", "text"), ("bert", "digits", "text"), ("vit", "stdlib", "images")):
+        with pytest.raises(ValueError, match=f"The model reads {kind}, which '{data}' is not"):
+            load_recovery_data(formix.convert(make(name), "relu"), Recovery(data=data), tmp_path)
+
+
+def test_few_sentences_are_refused_or_divided(tmp_path) -> None:
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(20))])}
+    words, text = hf.BertTokenizer(vocab=vocabulary), tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} 2 3 {i + 1} ." for i in range(12)))
+    size = {"vocab_size": 60, "tokens": 8, "longest": 8, "seed": 0}
+    with pytest.raises(ValueError, match=r"has 9 sentences; recovery needs 10 or more"):
+        load_sentences(f"text:{text}", words, held_out=0.1, limit=9, **size)
+    data = load_sentences(f"text:{text}", words, held_out=0.99, **size)
+    assert (len(data.train), len(data.validation)) == (1, 11)
+    for name in ("sequence_length", "limit", "img_size", "batch_tokens"):
+        with pytest.raises(ValueError, match=f"{name} is 0; it must be 1 or more"):
+            Recovery(data="x", **{name: 0})
 
 
 def test_a_tokenizer_is_the_models_own(tmp_path, capsys) -> None:

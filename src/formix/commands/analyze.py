@@ -56,17 +56,16 @@ def _data(config: AnalyzeConfig, model: Any) -> Data:
         ValueError: data of another kind, or with more words than the model.
     """
     from formix.comparison.models import check_images
-    from formix.data import IMAGES, TEXTS, load_data
+    from formix.data import load_data
     from formix.data.text import own_tokenizer
+    from formix.evaluation.labels import check_kind
     from formix.evaluation.probe import normalised_for
     from formix.models.image import image_size
     from formix.models.inputs import knows_statistics
     from formix.models.text import check_length
 
-    words, source = getattr(getattr(model, "config", None), "vocab_size", None), config.data.partition(":")[0]
-    if source in (TEXTS if words is None else IMAGES):
-        kind = "images" if words is None else "text"
-        raise ValueError(f"The model in {config.model} reads {kind}, which {config.data!r} is not.")
+    check_kind(model, config.data, f"The model in {config.model}")
+    words = getattr(getattr(model, "config", None), "vocab_size", None)
     if words is not None:
         check_length(model, config.sequence_length)
         tokenizer = config.tokenizer or own_tokenizer(Path(config.model))

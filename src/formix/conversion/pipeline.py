@@ -24,7 +24,7 @@ from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.text import load_tokenizer, own_tokenizer
-from formix.evaluation.labels import check_labels
+from formix.evaluation.labels import check_kind, check_labels
 from formix.evaluation.probe import normalised_for
 from formix.models.image import image_size
 from formix.training.parallel import start
@@ -56,11 +56,13 @@ class Recovery:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.calibration < 0 or self.batch_size < 1 or self.batch_tokens < 1:
-            raise ValueError(
-                f"calibration is {self.calibration}, batch_size {self.batch_size} and batch_tokens "
-                f"{self.batch_tokens}; they must be at least 0, 1 and 1."
-            )
+        for name, least in (
+            ("calibration", 0), ("batch_size", 1), ("batch_tokens", 1), ("sequence_length", 1), ("img_size", 1),
+            ("limit", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be between 0 and 1.")
         parse_stages(self.stages)
@@ -88,6 +90,7 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     """
     from formix.models.text import check_length
 
+    check_kind(model, recovery.data, "The model")
     if not hasattr(model, "config"):
         data = _images(model, recovery)
         if recovery.labelled:
@@ -174,8 +177,6 @@ def _images(model: Any, recovery: Recovery) -> Data:
         limit=recovery.limit,
         on_bad_sample=recovery.on_bad_sample,
     )
-    if data.task != "image-classification":
-        raise ValueError(f"{recovery.data!r} is text, and the model reads images.")
     return normalised_for(model, data)
 
 

@@ -85,12 +85,12 @@ def load_sentences(
         for text in filter(str.strip, _read(place)):
             times[text] = max(times.get(text, 0), int(number or 1))
     texts = list(times)
-    if len(texts) < 10:
-        raise ValueError(f"{name!r} has {len(texts)} sentences; recovery needs 10 or more.")
     random.Random(seed).shuffle(texts)
     texts = texts[:limit]
+    if len(texts) < 10:
+        raise ValueError(f"{name!r} has {len(texts)} sentences; recovery needs 10 or more, within limit too.")
     ids = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
-    held = max(1, round(held_out * len(ids)))
+    held = min(max(1, round(held_out * len(ids))), len(ids) - 1)
     train = [row for row, text in zip(ids[held:], texts[held:], strict=True) for _ in range(times[text])]
     pad = tokenizer.pad_token_id or 0
     sets = [Sentences(part, pad=pad, tokens=tokens, seed=seed) for part in (train, ids[:held])]

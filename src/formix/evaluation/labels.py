@@ -1,15 +1,27 @@
-"""Whether the labels of data are what a model answers with."""
+"""Whether data are what a model reads, and their labels what it answers with."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from formix.data import Data
+from formix.data import IMAGES, TEXTS, Data
 from formix.models.inputs import label_names
 from formix.models.text import task_of
 
 _log = logging.getLogger("formix")
+
+
+def check_kind(model: Any, source: str, name: str) -> None:
+    """Raise `ValueError` for images where the model, formix's or another, reads text, and the other way round.
+
+    Args:
+        source: the name of data, as `load_data` takes it.
+        name: what the model is called in the sentence, such as "The model".
+    """
+    text = hasattr(getattr(model, "config", None), "vocab_size")
+    if source.partition(":")[0] in (IMAGES if text else TEXTS):
+        raise ValueError(f"{name} reads {'text' if text else 'images'}, which {source!r} is not.")
 
 
 def check_labels(model: Any, data: Data, name: str) -> None:
@@ -18,7 +30,7 @@ def check_labels(model: Any, data: Data, name: str) -> None:
     Args:
         model: one of formix's.
         data: labelled for some task.
-        name: what the model is called in the sentence, such as "The model".
+        name: what the model is called in the sentence.
     """
     task = task_of(model)
     if data.task.replace("regression", "classification") != task:
