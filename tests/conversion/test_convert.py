@@ -526,5 +526,12 @@ def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -
     assert json.loads((out / "conversion.json").read_text())["request"]["design"] == "relu"
     torch.manual_seed(1)
     hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(source)  # other weights
+    (out / "search.json").write_text("{}")
+    for place, words in ((out, "old"), (source, "new")):
+        (place / "vocab.txt").write_text(words)
+    (out / "report.html").write_text("of another recovery")
     assert main(["convert", str(source), "--design=relu", f"--out={out}"]) == 0
+    assert (out / "vocab.txt").read_text() == "new"
+    assert not (out / "report.html").exists()
+    assert not (out / "search.json").exists()
     assert "already" not in capsys.readouterr().out

@@ -12,7 +12,7 @@ from formix.conversion.report import write_report
 from formix.models.companions import COMPANIONS
 from formix.models.recorded import FILE
 
-SEARCH, RECOVERY = "search.json", "recovery"
+SEARCH, RECOVERY, REPORT = "search.json", "recovery", "report.html"
 
 
 class ConversionDirectory:
@@ -41,10 +41,13 @@ class ConversionDirectory:
         return conversion if conversion.request == request else None
 
     def save(self, model: Any) -> None:
-        """Write the model, last its record, and only then remove what a killed run would go on from."""
+        """Write the model in place of an earlier one with all that was beside it, last its record, and only then
+        remove what a killed run would go on from."""
         from formix import save
 
-        (self.path / FILE).unlink(missing_ok=True)
+        searched = model.conversion.request.get("search") is not None
+        for name in (FILE, *COMPANIONS, REPORT, *(() if searched else (SEARCH,))):
+            (self.path / name).unlink(missing_ok=True)
         save(model, self.path)
         shutil.rmtree(self.recovery, ignore_errors=True)
 
@@ -54,7 +57,7 @@ class ConversionDirectory:
             if (self.source / name).is_file() and not (self.path / name).exists():
                 shutil.copyfile(self.source / name, self.path / name)
         if conversion.speed:
-            write_report(conversion.to_dict(), self.path / "report.html")
+            write_report(conversion.to_dict(), self.path / REPORT)
 
     def found(self, request: dict[str, Any]) -> list[int] | None:
         """The layers that a search of the same conversion chose before it was killed."""
