@@ -144,6 +144,9 @@ def test_other_text_is_read_as_the_training_s_was(run_of, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == ours
     assert main(["eval", str(out), other, "--sequence-length=1000"]) == 2
     assert "sequence_length is 1000" in capsys.readouterr().err
+    formix.save(formix.create_model("gpt2-nano", "relu", vocab_size=300, n_positions=64), tmp_path / "short")
+    assert main(["eval", str(tmp_path / "short"), other, f"--tokenizer={tokenizer}"]) == 2
+    assert "sequence_length is 128; this" in capsys.readouterr().err
 
 
 def test_a_vocabulary_made_of_sentences_is_not_made_of_others(run_of, tmp_path, capsys):

@@ -112,8 +112,9 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
             f"The model in {config.model} was trained with a vocabulary of the sentences of {trained['data']!r}, "
             f"and another {changed[0]} makes another one; train it with a --tokenizer to use it elsewhere."
         )
-    check_length(model, config.sequence_length or 0)
-    return JobConfig(**settings)
+    job = JobConfig(**settings)
+    check_length(model, job.sequence_length)
+    return job
 
 
 def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
