@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -53,6 +54,13 @@ def test_it_writes_model_metrics_and_checkpoints_and_eval_finds_the_same(trained
     }  # fmt: skip
     assert main(["eval", str(trained / "model"), "--data=digits", "--limit=128", "--split=validation"]) == 0
     assert f"{result['validation']:.4f}" in capsys.readouterr().out
+
+
+def test_a_run_s_directory_is_a_source_of_conversion(trained, tmp_path):
+    assert main(["convert", str(trained), "--design=paf", f"--out={tmp_path / 'paf'}"]) == 0
+    ours, theirs = formix.convert(tmp_path / "paf", "relu").state_dict(), load_file(trained / "model/model.safetensors")
+    assert formix.load(tmp_path / "paf").design == formix.design("paf")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_a_yaml_file_and_flags_are_one_configuration(tmp_path, capsys):

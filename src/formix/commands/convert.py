@@ -22,7 +22,7 @@ ELSEWHERE = ("source", "checkpoint", "task", "model_args", "out", "dry_run", "th
 class ConvertConfig:
     """A pretrained model with its blocks in another design."""
 
-    source: str  # a directory (timm, transformers, formix), a timm name or a transformers id
+    source: str  # a directory (timm, transformers, formix, a training run), a timm name or a transformers id
     design: str  # a design's name or combination; several with commas, each to a directory of its own in out
     out: str | None = None  # the directory of the result
     dry_run: bool = False  # print the plan and write nothing
@@ -67,8 +67,12 @@ def convert(arguments: list[str]) -> int:
     from formix.conversion.output import ConversionDirectory
     from formix.conversion.source import open_source
     from formix.models.text import check_length
+    from formix.training.job import trained_model
 
     study, config = _config(arguments)
+    directory, run = trained_model(Path(config.source))
+    if run:
+        config = dataclasses.replace(config, source=str(directory))
     if config.out is None and not config.dry_run:
         raise ValueError("out is missing; give --out=DIR, or --dry-run to see the plan.")
     if config.threads is not None:
