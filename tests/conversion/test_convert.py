@@ -109,7 +109,7 @@ def test_every_design_goes_back_to_the_source_bit_for_bit(name: str) -> None:
     assert served >= 2
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "llama", "hf-dinov2-registers", "xcit"])
+@pytest.mark.parametrize("name", ["bert", "bert-features", "vit", "llama", "hf-dinov2-registers", "xcit"])
 def test_a_directory_brings_its_source_back(name: str, tmp_path) -> None:
     source = make(name).float()
     model = formix.convert(source, "relu")
