@@ -83,6 +83,20 @@ def test_layers_that_the_weights_lack_are_refused(tmp_path) -> None:
         load_source(bert_directory(tmp_path, num_hidden_layers=4))
 
 
+@pytest.mark.parametrize("name", ["bert-features", "hf-vit"])
+def test_a_trunk_without_weights_of_a_pooler_has_none(name: str, tmp_path, caplog) -> None:
+    source = make(name).float()
+    source.save_pretrained(tmp_path / "source")
+    trunk = load_source(tmp_path / "source", task="AutoModel")
+    assert trunk.pooler is None
+    assert "is read without one" in caplog.text
+    formix.save(formix.convert(trunk, "relu"), tmp_path / "out")
+    restored = formix.conversion.restore(tmp_path / "out").state_dict()
+    theirs = source.base_model.state_dict()
+    assert restored.keys() == theirs.keys()
+    assert all(torch.equal(restored[k], v) for k, v in theirs.items())
+
+
 @pytest.mark.parametrize(
     ("changed", "task", "words"),
     [

@@ -104,6 +104,9 @@ def _transformers(name: str, config: dict[str, Any] | None, task: str | None) ->
             f"{name!r} has no weights for {len(absent)} tensors of its layers ({absent[0]}, ...), and they would stay "
             "random; its config.json is not that of its weights."
         )
+    if model.base_model is model and any(k.startswith("pooler.") for k in report["missing_keys"]):
+        _log.warning("%s has no weights of a pooler, and is read without one", name)
+        model.pooler = None
     return model.eval()
 
 
