@@ -382,6 +382,10 @@ def test_few_sentences_are_refused_or_divided(tmp_path) -> None:
         load_sentences(f"text:{text}", words, held_out=0.1, limit=9, **size)
     data = load_sentences(f"text:{text}", words, held_out=0.99, **size)
     assert (len(data.train), len(data.validation)) == (1, 11)
+    text.write_bytes("ein sch\xf6ner Tag ist das\n".encode("latin-1"))
+    for place, said in ((f"text:{text}", r"text\.txt' is not UTF-8 text"), ("text:", "'text:' has no sentences")):
+        with pytest.raises(ValueError, match=said):
+            load_sentences(place, words, held_out=0.1, **size)
     for name in ("sequence_length", "limit", "img_size", "batch_tokens"):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be 1 or more"):
             Recovery(data="x", **{name: 0})
