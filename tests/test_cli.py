@@ -1,13 +1,17 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import timm
 
 import formix
 from formix.cli import USAGE, main
+from formix.data.glue import train_wordpiece
+from formix.data.text import load_tokenizer
 
 SMALL = [
     "--designs=softmax,relu", "--seeds=1", "--epochs=1", "--limit=64", "--precision=float32", "--latency=false",
@@ -83,6 +87,33 @@ def test_analyze_prints_a_row_for_every_layer(tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 3
     assert main(arguments) == 0
     assert "160 tokens" in capsys.readouterr().out  # 32 images of 4 patches and a class token
+
+
+def test_analyze_reads_data_as_the_model_does(tmp_path, capsys):
+    """Its tokenizer, and its images' size and statistics."""
+    own, elsewhere, text = tmp_path / "bert", tmp_path / "words", tmp_path / "a.txt"
+    text.write_text("the cat sat on the mat. " * 400)
+    train_wordpiece([text.read_text()]).save_pretrained(elsewhere)
+    words = len(load_tokenizer(str(elsewhere)))
+    model = formix.create_model(
+        "bert-tiny", "relu", task="features", vocab_size=words, hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=16,
+    )  # fmt: skip
+    formix.save(model, own)
+    command = ["analyze", str(own), f"--data=text:{text}", "--sequence-length=16", "--batches=1", "--json"]
+    assert main(command) == 2
+    assert "give the tokenizer that it was trained with as --tokenizer" in capsys.readouterr().err
+    assert main([*command, f"--tokenizer={elsewhere}"]) == 0
+    named = capsys.readouterr().out
+    shutil.copytree(elsewhere, own, dirs_exist_ok=True)
+    assert main(command) == 0
+    assert capsys.readouterr().out == named
+    source = timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY)
+    formix.save(formix.convert(source, "relu"), tmp_path / "vit")
+    assert main(["analyze", str(tmp_path / "vit"), "--data=digits", "--batches=1"]) == 0
+    for directory, data, kind in ((own, "digits", "text"), (tmp_path / "vit", "stdlib", "images")):
+        assert main(["analyze", str(directory), f"--data={data}"]) == 2
+        assert f"reads {kind}, which {data!r} is not" in capsys.readouterr().err
 
 
 TINY = {"depth": 1, "embed_dim": 16, "num_heads": 2}

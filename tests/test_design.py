@@ -171,6 +171,9 @@ def test_single_layers_differ():
     assert [layer.layout.ffn for layer in layers] == [True, True, False, True, True, True]
     assert all(isinstance(layer, LayerDesign) for layer in layers)
     assert "0: softmax" in found.describe()
+    parts = {0: Softmax(), -1: Layout(parallel=True, norm="post"), 1: Layout(ffn=False), 2: Layout()}
+    described = design("relu+paf", layers=parts).describe()
+    assert described.endswith("layers 0: softmax, -1: parallel, post-norm, 1: no FFN, 2: series")
     check_json(found)
 
 

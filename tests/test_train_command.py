@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import formix
 from formix.cli import main
 from formix.data.glue import train_wordpiece
+from formix.data.text import load_tokenizer
 from formix.training import Point, Step, job
 from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory
 from formix.training.trackers import Trackers
@@ -52,6 +54,13 @@ def test_it_writes_model_metrics_and_checkpoints_and_eval_finds_the_same(trained
     }  # fmt: skip
     assert main(["eval", str(trained / "model"), "--data=digits", "--limit=128", "--split=validation"]) == 0
     assert f"{result['validation']:.4f}" in capsys.readouterr().out
+
+
+def test_a_run_s_directory_is_a_source_of_conversion(trained, tmp_path):
+    assert main(["convert", str(trained), "--design=paf", f"--out={tmp_path / 'paf'}"]) == 0
+    ours, theirs = formix.convert(tmp_path / "paf", "relu").state_dict(), load_file(trained / "model/model.safetensors")
+    assert formix.load(tmp_path / "paf").design == formix.design("paf")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_a_yaml_file_and_flags_are_one_configuration(tmp_path, capsys):
@@ -115,8 +124,8 @@ def test_other_classes_than_the_model_s(tmp_path, capsys, caplog):
         caplog.clear()
         assert main(["eval", str(tmp_path / "model"), f"--data=folder:{root}"]) == status
         error = capsys.readouterr().err
-        assert ("Class 0 of the model" in error and "'ant', and of" in error) == (classes[0] == "bee")
-        assert ("takes them for the same" in caplog.text) == (classes[0] == "cat")
+        assert ("has 'ant' as class 0, and" in error) == (classes[0] == "bee")
+        assert ("taken for the same" in caplog.text) == (classes[0] == "cat")
 
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -138,11 +147,14 @@ def test_other_text_is_read_as_the_training_s_was(run_of, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == ours
     assert main(["eval", str(out / "model"), other]) == 2  # bytes, which are not its tokens
     assert "--tokenizer" in capsys.readouterr().err
-    train_wordpiece([text]).save_pretrained(out / "model")
-    assert main(["eval", str(out / "model"), other, "--json", *flags[1:]]) == 0  # with the one beside the weights
+    load_tokenizer(tokenizer).save_pretrained(out / "model")
+    assert main(["eval", str(out / "model"), other, "--json", *flags[1:]]) == 0  # those that lie beside it
     assert json.loads(capsys.readouterr().out) == ours
     assert main(["eval", str(out), other, "--sequence-length=1000"]) == 2
     assert "sequence_length is 1000" in capsys.readouterr().err
+    formix.save(formix.create_model("gpt2-nano", "relu", vocab_size=300, n_positions=64), tmp_path / "short")
+    assert main(["eval", str(tmp_path / "short"), other, f"--tokenizer={tokenizer}"]) == 2
+    assert "sequence_length is 128; this" in capsys.readouterr().err
 
 
 def test_a_vocabulary_made_of_sentences_is_not_made_of_others(run_of, tmp_path, capsys):

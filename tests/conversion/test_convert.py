@@ -109,7 +109,7 @@ def test_every_design_goes_back_to_the_source_bit_for_bit(name: str) -> None:
     assert served >= 2
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "llama", "hf-dinov2-registers", "xcit"])
+@pytest.mark.parametrize("name", ["bert", "bert-features", "vit", "llama", "hf-dinov2-registers", "xcit"])
 def test_a_directory_brings_its_source_back(name: str, tmp_path) -> None:
     source = make(name).float()
     model = formix.convert(source, "relu")
@@ -496,6 +496,14 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
         (['--recovery={"stages": "match:3s"}'], "recovery has 'stages' but there is no recovery"),
         (["--out=x", "--checkpoint=x.pth"], "directory of transformers', which takes no checkpoint"),
         (["--out=x", '--model_args={"num_classes": 3}'], "takes no model_args"),
+        (["--out=x", "--design=paf,nope"], "'nope' is no design"),
+        (["--out=x", "--threads=0"], "threads is 0; it must be 1 to 4096"),
+        (["--out=x", "--probe=digits"], "probe is for models of images, and the source is a BertModel"),
+        (["--out=x", "--perplexity=text:x"], "perplexity is for language models that write"),
+        (
+            ["--out=x", "--recover=text:x", '--recovery={"batch_size": "many"}'],
+            "batch_size is many; it must be a whole",
+        ),
         (["--out=x", "--sts=x.tsv", "--source=vit_tiny_patch16_224", "--task=BertModel"], "takes no task"),
     ):
         assert main(["convert", str(tmp_path / "source"), "--design=paf", *flags]) == 2
@@ -541,6 +549,14 @@ def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -
         assert main(["convert", str(source), f"--design={design}", f"--out={out}"]) == 0
         assert ("holds this conversion already" in capsys.readouterr().out) == said
     assert json.loads((out / "conversion.json").read_text())["request"]["design"] == "relu"
+    torch.manual_seed(1)
     hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(source)  # other weights
+    (out / "search.json").write_text("{}")
+    for place, words in ((out, "old"), (source, "new")):
+        (place / "vocab.txt").write_text(words)
+    (out / "report.html").write_text("of another recovery")
     assert main(["convert", str(source), "--design=relu", f"--out={out}"]) == 0
+    assert (out / "vocab.txt").read_text() == "new"
+    assert not (out / "report.html").exists()
+    assert not (out / "search.json").exists()
     assert "already" not in capsys.readouterr().out

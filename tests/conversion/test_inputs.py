@@ -127,5 +127,7 @@ def test_recovery_and_the_command_line_read_images_as_the_source_does(tmp_path, 
                                                                      "num_heads": 2})  # fmt: skip
     recovery = {"stages": "match:1steps", "calibration": 1, "evaluations": 1, "limit": 64}
     command = ["convert", str(tmp_path / "source"), "--design=relu", "--recover=digits", f"--out={tmp_path / 'out'}"]
-    assert main([*command, f"--recovery={json.dumps(recovery)}"]) == 0
+    assert main([*command, f"--recovery={json.dumps(recovery)}", "--probe=digits"]) == 0
+    metrics = json.loads((tmp_path / "out" / "conversion.json").read_text())["metrics"]
+    assert all(0.1 < values["probe digits"] <= 1 for values in metrics.values())
     assert config_of(formix.load(tmp_path / "out")) == config_of(source) | {"input_size": (3, 16, 16)}

@@ -23,7 +23,7 @@ from formix.conversion.pipeline import run as run_pipeline
 from formix.conversion.recover import Stage, recover
 from formix.conversion.report import _inputs
 from formix.conversion.roles import layers, weight_in_out
-from formix.conversion.sentences import Sentences
+from formix.conversion.sentences import Sentences, load_sentences
 from formix.conversion.taps import answer, tapped
 from formix.data import Data
 from formix.data.text import load_tokenizer
@@ -94,6 +94,10 @@ def test_calibration_is_undone_on_the_way_back() -> None:
     source = make("bert")
     model = formix.convert(source, "relu")
     calibrate(model, formix.convert(source, "softmax"), [inputs(source)])
+    plan = model.conversion.plan
+    assert len(plan["folded"]) == 3
+    assert len(plan["kept"]) + len(plan["folded"]) == len(source.state_dict())
+    assert not set(plan["kept"]) & set(plan["folded"])
     back = formix.convert(model, "softmax")
     torch.testing.assert_close(run(back, inputs(source)), run(source, inputs(source)), rtol=0, atol=1e-10)
 
@@ -288,12 +292,67 @@ def test_labels_and_logits_that_nobody_has_are_refused() -> None:
         recover(model, teacher, sentences(), [Stage(name="task", epochs=1)])
 
 
+def test_a_model_whose_layers_are_the_sources_has_nothing_to_match() -> None:
+    teacher, same = pair("softmax", "bert")
+    with pytest.raises(ValueError, match="No layer is converted"):
+        recover(same, teacher, sentences(), STAGES)
+    recover(same, teacher, sentences(), [Stage(name="task", epochs=1, evaluations=1)])
+
+
+@pytest.mark.parametrize("kind", ["score", "independent classes", "tokens"])
+def test_the_stage_task_is_about_what_the_logits_mean(kind: str) -> None:
+    """With the features the teacher's own, what is left of the loss is of the answers."""
+    config = hf.BertConfig(**TEXT, num_labels=1 if kind == "score" else 3)
+    if kind == "independent classes":
+        config.problem_type = "multi_label_classification"
+    head = hf.BertForTokenClassification if kind == "tokens" else hf.BertForSequenceClassification
+    source = head(config).eval()
+    teacher, same = as_teacher(source), formix.convert(source, "softmax")
+    batch = sentences().train.__getitems__([0, 1])
+    distillation = Distillation(teacher, same, None, labelled=False)
+    with torch.no_grad():
+        before = distillation.task(same, batch)
+        same.classifier.weight += torch.randn(same.classifier.weight.shape, generator=torch.Generator().manual_seed(0))
+        theirs, ours = (answer(model, batch).logits for model in (teacher, same))
+        left = distillation.task(same, batch) - before
+    if kind == "score":
+        expected = (ours - theirs).square().mean()
+    elif kind == "independent classes":
+        p, q = theirs.sigmoid(), ours.sigmoid()
+        expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1).mean()
+    else:
+        p, q = theirs.softmax(-1), ours.softmax(-1)
+        seen = batch["attention_mask"].bool()
+        assert not seen.all()
+        expected = (p * (p / q).log()).sum(-1)[seen].mean()
+    assert float(expected) > 0.01
+    torch.testing.assert_close(left, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_the_models_own_classes(tmp_path) -> None:
+    lines = ["sentence\tlabel", *(f"a sentence of words {i}\t{i % 2}" for i in range(20))]
+    (tmp_path / "SST-2").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "SST-2" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    words = hf.BertTokenizer(vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "words"])})
+    words.save_pretrained(tmp_path)
+    three = hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=3))
+    glue = Recovery(data=f"glue:{tmp_path / 'SST-2'}", labelled=True)
+    for source, recovery, said in (
+        (make("vit"), Recovery(data="digits", labelled=True), "The model has 7 classes and 'digits' has 10"),
+        (three, glue, "The model has 3 classes and 'glue:.*' has 2"),
+        (make("bert"), glue, "The model is for masked-lm, and 'glue:.*' is for sequence-classification"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_recovery_data(formix.convert(source, "relu"), recovery, tmp_path)
+
+
 def test_stages_are_read_and_refused() -> None:
     assert parse_stages("match:240s:5e-4,align:2epochs") == [
         ("match", 240.0, "s", 5e-4),
         ("align", 2.0, "epochs", 5e-4),
     ]
-    for text in ("match", "warm:3s", "match:0s", "align:3h"):
+    for text in ("match", "warm:3s", "match:0s", "align:3h", "match:1.2.3s", "match:3s:1e", "match:3s:-1"):
         with pytest.raises(ValueError, match="is no stage"):
             Recovery(data="x", stages=text)
 
@@ -309,6 +368,27 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
         load_recovery_data(formix.convert(make("vit"), "relu"), Recovery(data="digits", img_size=64))
     with pytest.raises(ValueError, match="multiple"):
         load_recovery_data(formix.convert(make("hf-dinov2"), "relu"), Recovery(data="digits", img_size=30))
+    for name, data, kind in (("gpt2", "digits", "text"), ("bert", "digits", "text"), ("vit", "stdlib", "images")):
+        with pytest.raises(ValueError, match=f"The model reads {kind}, which '{data}' is not"):
+            load_recovery_data(formix.convert(make(name), "relu"), Recovery(data=data), tmp_path)
+
+
+def test_few_sentences_are_refused_or_divided(tmp_path) -> None:
+    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(20))])}
+    words, text = hf.BertTokenizer(vocab=vocabulary), tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} 2 3 {i + 1} ." for i in range(12)))
+    size = {"vocab_size": 60, "tokens": 8, "longest": 8, "seed": 0}
+    with pytest.raises(ValueError, match=r"has 9 sentences; recovery needs 10 or more"):
+        load_sentences(f"text:{text}", words, held_out=0.1, limit=9, **size)
+    data = load_sentences(f"text:{text}", words, held_out=0.99, **size)
+    assert (len(data.train), len(data.validation)) == (1, 11)
+    text.write_bytes("ein sch\xf6ner Tag ist das\n".encode("latin-1"))
+    for place, said in ((f"text:{text}", r"text\.txt' is not UTF-8 text"), ("text:", "'text:' has no sentences")):
+        with pytest.raises(ValueError, match=said):
+            load_sentences(place, words, held_out=0.1, **size)
+    for name in ("sequence_length", "limit", "img_size", "batch_tokens"):
+        with pytest.raises(ValueError, match=f"{name} is 0; it must be 1 or more"):
+            Recovery(data="x", **{name: 0})
 
 
 def test_a_tokenizer_is_the_models_own(tmp_path, capsys) -> None:
@@ -348,7 +428,9 @@ def test_text_longer_than_the_models_positions_is_refused_at_the_start(name: str
 
     make(name).float().save_pretrained(tmp_path / "source")
     command = ["convert", str(tmp_path / "source"), "--design=relu", f"--out={tmp_path / 'out'}"]
-    for data, stages in (("--recover=text:long.txt", {"stages": "match:3steps"}), ("--perplexity=text:long.txt", {})):
+    given = [("--recover=text:long.txt", {"stages": "match:3steps"})]
+    given += [("--perplexity=text:long.txt", {})] if name == "gpt2" else []
+    for data, stages in given:
         recovery = json.dumps({**stages, "sequence_length": 128})
         assert main([*command, data, f"--recovery={recovery}"]) == 2
         error = capsys.readouterr().err

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from formix.commands.arguments import parse
+
+if TYPE_CHECKING:
+    from formix.data import Data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,28 +21,64 @@ class AnalyzeConfig:
     batches: int = 4  # how many batches
     batch_size: int = 32  # samples in each
     sequence_length: int = 128  # tokens of a window or sentence
-    tokenizer: str | None = None  # a transformers tokenizer directory
+    tokenizer: str | None = None  # a transformers tokenizer directory; None: the model's own
+    img_size: int | None = None  # side that images of folders are scaled to; None: the model's
     json: bool = False  # print JSON instead of a table
 
 
 def analyze(arguments: list[str]) -> int:
-    """Print the spread of token embeddings and the share of attention, layer by layer."""
+    """Print the spread of token embeddings and the share of attention by layer: formix analyze DIR --data=NAME."""
     from torch.utils.data import DataLoader
     from transformers import AutoModel
 
     from formix import load
     from formix.analysis import analyze as run
-    from formix.data import collate, load_data
+    from formix.data import collate
     from formix.models.directory import read_config
 
-    config = parse(AnalyzeConfig, "analyze", arguments)
+    named = [f"--model={a}" for a in arguments[:1] if not a.startswith("-")]
+    config = parse(AnalyzeConfig, "analyze", [*named, *arguments[len(named) :]])
     if config.batches < 1 or config.batch_size < 1:
         raise ValueError(f"batches is {config.batches} and batch_size {config.batch_size}; both must be 1 or more.")
     stored = read_config(Path(config.model))
     plain = "model_type" in stored and not str(stored["model_type"]).startswith("formix_")
     model = AutoModel.from_pretrained(config.model, local_files_only=True).eval() if plain else load(config.model)
-    data = load_data(config.data, sequence_length=config.sequence_length, tokenizer=config.tokenizer)
-    loader = DataLoader(data.test, batch_size=config.batch_size, collate_fn=collate)
+    loader = DataLoader(_data(config, model).test, batch_size=config.batch_size, collate_fn=collate)
     result = run(model, loader, max_batches=config.batches)
     print(result.to_json() if config.json else result)
     return 0
+
+
+def _data(config: AnalyzeConfig, model: Any) -> Data:
+    """The data as the model reads them.
+
+    Raises:
+        ValueError: data of another kind, or with more words than the model.
+    """
+    from formix.comparison.models import check_images
+    from formix.data import load_data
+    from formix.data.text import own_tokenizer
+    from formix.evaluation.labels import check_kind
+    from formix.evaluation.probe import normalised_for
+    from formix.models.image import image_size
+    from formix.models.inputs import knows_statistics
+    from formix.models.text import check_length
+
+    check_kind(model, config.data, f"The model in {config.model}")
+    words = getattr(getattr(model, "config", None), "vocab_size", None)
+    if words is not None:
+        check_length(model, config.sequence_length)
+        tokenizer = config.tokenizer or own_tokenizer(Path(config.model))
+        data = load_data(config.data, sequence_length=config.sequence_length, tokenizer=tokenizer)
+        if (data.vocab_size or 0) > words or (tokenizer is None and data.vocab_size != words):
+            raise ValueError(
+                f"The model in {config.model} knows {words} tokens and {config.data!r} has {data.vocab_size}; give the "
+                "tokenizer that it was trained with as --tokenizer."
+            )
+        return data
+    height, width = image_size(model) or (None, None)
+    data = load_data(config.data, img_size=config.img_size or (height if height == width else None))
+    if data.in_chans in (1, getattr(model, "in_chans", 3)) and knows_statistics(model):
+        data = normalised_for(model, data)
+    check_images(model, data, config.model)
+    return data

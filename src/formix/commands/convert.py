@@ -22,7 +22,7 @@ ELSEWHERE = ("source", "checkpoint", "task", "model_args", "out", "dry_run", "th
 class ConvertConfig:
     """A pretrained model with its blocks in another design."""
 
-    source: str  # a directory (timm, transformers, formix), a timm name or a transformers id
+    source: str  # a directory (timm, transformers, formix, a training run), a timm name or a transformers id
     design: str  # a design's name or combination; several with commas, each to a directory of its own in out
     out: str | None = None  # the directory of the result
     dry_run: bool = False  # print the plan and write nothing
@@ -44,6 +44,8 @@ class ConvertConfig:
     record: str | None = None  # a directory for the records of studies and the table over them
 
     def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 4096:
+            raise ValueError(f"threads is {self.threads}; it must be 1 to 4096.")
         if self.search is None and (self.max_loss is not None or self.max_milliseconds is not None):
             raise ValueError("max_loss and max_milliseconds are budgets of a search; give --search=N too.")
         if self.search is not None and (self.recover is None or self.layers is not None or self.keep is not None):
@@ -60,12 +62,17 @@ def convert(arguments: list[str]) -> int:
     """Convert a pretrained model to another design."""
     import torch
 
-    from formix.conversion.carry import plan_conversion
+    from formix.conversion.carry import choose, plan_conversion
     from formix.conversion.load import load_source
     from formix.conversion.output import ConversionDirectory
+    from formix.conversion.source import open_source
     from formix.models.text import check_length
+    from formix.training.job import trained_model
 
     study, config = _config(arguments)
+    directory, run = trained_model(Path(config.source))
+    if run:
+        config = dataclasses.replace(config, source=str(directory))
     if config.out is None and not config.dry_run:
         raise ValueError("out is missing; give --out=DIR, or --dry-run to see the plan.")
     if config.threads is not None:
@@ -73,9 +80,15 @@ def convert(arguments: list[str]) -> int:
     designs = names(config.design, "design")
     places = {name: Path(str(config.out)) / name if len(designs) > 1 else Path(str(config.out)) for name in designs}
     outs = {} if config.dry_run else {name: ConversionDirectory(places[name], config.source) for name in designs}
+    recovery, _ = _recovery(config)
+    torch.manual_seed(recovery.seed)  # of a head that the source's weights lack
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
+    _refuse_metrics(source, config)
+    opened = open_source(source)
+    for design in designs:  # before the first of them takes its time
+        choose(opened, design, config.layers, config.keep)
     if config.recover is not None or config.perplexity is not None:
-        check_length(source, _recovery(config)[0].sequence_length)
+        check_length(source, recovery.sequence_length)
     for design in designs:
         if config.dry_run:
             print(plan_conversion(source, design, layers=config.layers, keep=config.keep))
@@ -201,7 +214,22 @@ def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
     if unknown := sorted(set(config.recovery) - known):
         raise ValueError(f"recovery has {', '.join(map(repr, unknown))}; it takes {', '.join(sorted(known))}.")
     place = config.source if Path(config.source).is_dir() else None
-    return Recovery(data=config.recover or "", **config.recovery), place
+    given = {"data": config.recover or "", **config.recovery}
+    flags = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
+    return parse(Recovery, "convert", flags), place
+
+
+def _refuse_metrics(source: Any, config: ConvertConfig) -> None:
+    """Raise `ValueError` for a measure of another kind of model."""
+    text = hasattr(getattr(source, "config", None), "vocab_size")
+    measures = {
+        "sts": (text, "models of text"),
+        "probe": (not text, "models of images"),
+        "perplexity": (text and source.can_generate(), "language models that write"),
+    }
+    for name, (fits, kind) in measures.items():
+        if getattr(config, name) is not None and not fits:
+            raise ValueError(f"{name} is for {kind}, and the source is a {type(source).__name__}; leave it out.")
 
 
 def _metrics(config: ConvertConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +13,8 @@ if TYPE_CHECKING:
     from formix.data import Data
     from formix.training.job import JobConfig
 
-_log = logging.getLogger("formix")
 # how a text model reads: as in its training, whatever the data
 READING = ("sequence_length", "tokenizer", "task", "mask_probability")
-TEXTS = ("stdlib", "text", "glue")
 # what decides the vocabulary that GLUE's sentences give without a tokenizer
 WORDS = ("data", "limit", "validation_fraction")
 
@@ -48,6 +45,7 @@ def evaluate(arguments: list[str]) -> int:
     """Print the metric of a trained model: formix eval DIR --data=NAME."""
     from formix import load
     from formix.evaluation.probe import normalised_for
+    from formix.models.inputs import knows_statistics
     from formix.training import evaluate as measure
     from formix.training.job import trained_model
 
@@ -62,7 +60,7 @@ def evaluate(arguments: list[str]) -> int:
     job = _job(config, trained, model, directory)
     data = job.load_data()
     own_data = bool(trained) and job.data == trained["data"]
-    if data.in_chans in (1, getattr(model, "in_chans", 3)) and not own_data and _knows_statistics(model):
+    if data.in_chans in (1, getattr(model, "in_chans", 3)) and not own_data and knows_statistics(model):
         data = normalised_for(model, data)
     if job.tokenizer is not None:
         _check_tokenizer(data.tokenizer, job.tokenizer, directory)
@@ -89,7 +87,8 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
     Raises:
         ValueError: data of another kind than the model's, or whose vocabulary would be another.
     """
-    from formix.data import IMAGES
+    from formix.data import IMAGES, TEXTS
+    from formix.data.text import own_tokenizer
     from formix.models.image import image_size
     from formix.models.text import check_length, task_of
     from formix.training.job import JobConfig
@@ -107,23 +106,16 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
         settings.setdefault("img_size", size[0])
     changed = [name for name in WORDS if settings.get(name) != trained.get(name)]
     of_sentences = source == "glue" and bool(trained) and settings.get("tokenizer") is None
-    if source in TEXTS and (not trained or (of_sentences and changed)) and (directory / "tokenizer.json").is_file():
-        settings["tokenizer"] = settings.get("tokenizer") or str(directory)
-    elif of_sentences and changed:
+    if source in TEXTS and (not trained or (of_sentences and changed)):
+        settings["tokenizer"] = settings.get("tokenizer") or own_tokenizer(directory)
+    if of_sentences and changed and settings["tokenizer"] is None:
         raise ValueError(
             f"The model in {config.model} was trained with a vocabulary of the sentences of {trained['data']!r}, "
             f"and another {changed[0]} makes another one; train it with a --tokenizer to use it elsewhere."
         )
-    check_length(model, config.sequence_length or 0)
-    return JobConfig(**settings)
-
-
-def _knows_statistics(model: Any) -> bool:
-    """Whether the statistics in a model's config are those that its weights were trained with: of a model that formix
-    trained or converted. Any other has timm's, whatever its training did."""
-    from formix.models.inputs import label_names
-
-    return getattr(model, "conversion_record", None) is not None or label_names(model) is not None
+    job = JobConfig(**settings)
+    check_length(model, job.sequence_length)
+    return job
 
 
 def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
@@ -142,38 +134,15 @@ def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
     """ValueError where the model's input or output is not what the data give and ask for."""
     from formix.comparison.models import check_images
-    from formix.models.inputs import label_names
+    from formix.evaluation.labels import check_labels
     from formix.models.text import task_of
 
-    config, task = getattr(model, "config", None), task_of(model)
-    if data.task.replace("regression", "classification") != task:
-        raise ValueError(f"The model in {directory} is for {task}, and {data.name!r} is for {data.task}.")
     check_images(model, data, directory)
-    if config is not None and task != "image-classification":
-        has, needs = config.vocab_size, data.vocab_size
+    check_labels(model, data, f"The model in {directory}")
+    if task_of(model) != "image-classification":
+        has, needs = model.config.vocab_size, data.vocab_size
         if has < needs or (has > needs and not own_vocabulary):
             raise ValueError(
                 f"The model in {directory} knows {has} tokens and {data.name!r} has {needs}; give the tokenizer that "
                 "it was trained with as --tokenizer."
             )
-    if task in ("image-classification", "sequence-classification"):
-        has = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
-        if has != data.num_classes:
-            raise ValueError(
-                f"The model in {directory} has {has or 'no'} classes and {data.name!r} has {data.num_classes}."
-            )
-        _check_names(label_names(model), data, directory)
-
-
-def _check_names(names: tuple[str, ...] | None, data: Data, directory: Path) -> None:
-    """ValueError for other classes than the model's, or the same in another order; where no name is shared they may be
-    the same in other words, and a warning says so."""
-    if names is None or data.class_names is None or names == data.class_names:
-        return
-    number, (its, other) = next(
-        (i, p) for i, p in enumerate(zip(names, data.class_names, strict=True)) if len({*p}) > 1
-    )
-    differ = f"Class {number} of the model in {directory} is {its!r}, and of {data.name!r} {other!r}"
-    if set(names) & set(data.class_names):
-        raise ValueError(f"{differ}; give data with the model's classes, in their order.")
-    _log.warning("%s; the metric takes them for the same", differ)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from formix.data.folder import EncodedImage
     from formix.evaluation.prediction import Prediction
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them makes a tokenizer
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig:
@@ -111,12 +109,13 @@ def _pictures(path: Path) -> list[EncodedImage]:
 
 
 def _of_texts(model: Any, config: PredictConfig, directory: Path) -> Iterator[Prediction]:
-    from formix.data.text import load_tokenizer
+    from formix.data.text import load_tokenizer, own_tokenizer
     from formix.evaluation.prediction import predict_texts
 
-    if config.tokenizer is None and not any((directory / name).is_file() for name in VOCABULARIES):
+    place = config.tokenizer or own_tokenizer(directory)
+    if place is None:
         raise ValueError(f"{directory} has no tokenizer; give the one that the model was trained with as --tokenizer.")
-    tokenizer = load_tokenizer(config.tokenizer or str(directory))
+    tokenizer = load_tokenizer(place)
     texts = [*([] if config.text is None else [config.text]), *(line for p in config.inputs for line in _lines(p))]
     return predict_texts(
         model,

@@ -52,8 +52,10 @@ def calibrate(model: nn.Module, teacher: nn.Module, batches: Iterable[Batch], *,
         for fit, row in zip(fits, rows, strict=True):
             weight = fit.layer.out.weight
             if conversion is not None:
-                conversion.aside.setdefault(names[id(weight)], weight.detach().clone())
-                conversion.plan["folded"][names[id(weight)]] = "a gain per head"
+                name, plan = names[id(weight)], conversion.plan
+                conversion.aside.setdefault(name, weight.detach().clone())
+                plan["kept"] = [kept for kept in plan["kept"] if kept != name]
+                plan["folded"][name] = "a gain per head"
             gains = torch.tensor(row["gains"]).repeat_interleave(fit.width)
             weight_in_out(fit.layer.out).mul_(gains.to(weight)[:, None])
         if conversion is not None:

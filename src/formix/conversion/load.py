@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from formix.conversion.source import FAMILIES
+
+_log = logging.getLogger("formix")
+LAYERS = r"\.(h|layer|layers)\.\d+\."  # in the names of transformers' tensors: one of a layer
 
 
 def load_source(
@@ -25,10 +30,9 @@ def load_source(
     """
     path = Path(name)
     if (path / "config.json").is_file():
-        try:
-            config = json.loads((path / "config.json").read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path / 'config.json'} is damaged ({error}).") from None
+        from formix.models.directory import stored_config
+
+        config = stored_config(path)
         kind = str(config.get("model_type", ""))
         if kind.startswith("formix_") or str(config.get("architecture", "")).startswith("formix_"):
             from formix.models import load
@@ -42,6 +46,8 @@ def load_source(
         return _timm(f"local-dir:{path}", None, arguments)
     if path.is_dir():
         raise ValueError(f"{str(name)!r} is no model directory: it has no config.json.")
+    if path.is_file():
+        raise ValueError(f"{str(name)!r} is a file; give its directory, or a name of timm's with --checkpoint={name}.")
     import timm
 
     if timm.is_model(str(name).partition(".")[0].removeprefix("hf-hub:timm/")):
@@ -62,13 +68,18 @@ def _timm(name: str, checkpoint: str | Path | None, arguments: dict[str, Any]) -
 
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise ValueError(f"{str(checkpoint)!r} is no file; give a checkpoint with weights of {name!r}.")
+    # a classifier for other classes is made afterwards: timm would let any other weight be missing too
+    classes = None if checkpoint else arguments.pop("num_classes", None)
+    pretrained = {"checkpoint_path": str(checkpoint)} if checkpoint else {"pretrained": True}
     try:
-        if checkpoint is not None:
-            return timm.create_model(name, checkpoint_path=str(checkpoint), **arguments).eval()
-        return timm.create_model(name, pretrained=True, **arguments).eval()
-    except (RuntimeError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"timm cannot load {name!r}: {reason}") from None
+        model: Any = timm.create_model(name, **pretrained, **arguments).eval()
+    except Exception as error:  # whatever timm raises of damaged files and odd arguments
+        raise ValueError(f"timm cannot load {name!r} ({_reason(error)}).") from None
+    if classes is not None and classes != model.num_classes:
+        if classes:
+            _log.warning("the classifier is new: %s has one for %d classes, not %d", name, model.num_classes, classes)
+        model.reset_classifier(classes)
+    return model
 
 
 def _transformers(name: str, config: dict[str, Any] | None, task: str | None) -> Any:
@@ -77,15 +88,40 @@ def _transformers(name: str, config: dict[str, Any] | None, task: str | None) ->
     offline = config is not None
     try:
         loaded = transformers.AutoConfig.from_pretrained(name, local_files_only=offline)
-        classes = [task] if task else list(loaded.architectures or [])
-        model_class = getattr(transformers, classes[0], None) if classes else transformers.AutoModel
-        if model_class is None:
-            raise ValueError(f"{classes[0]!r} is no class of transformers; formix converts {FAMILIES}.")
-        if getattr(loaded, "quantization_config", None):
-            raise ValueError("The source is quantised; load it without quantisation and convert that.")
-        return model_class.from_pretrained(name, local_files_only=offline).eval()
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever transformers raises of damaged files
         raise ValueError(
-            f"{name!r} is no directory, timm name or transformers id that can be loaded: {reason}"
+            f"{name!r} is no directory, timm name or transformers id that can be loaded ({_reason(error)})."
         ) from None
+    if getattr(loaded, "quantization_config", None):
+        raise ValueError("The source is quantised; load it without quantisation and convert that.")
+    model_class = _class_of(transformers, loaded, task)
+    try:
+        model, report = model_class.from_pretrained(name, local_files_only=offline, output_loading_info=True)
+    except Exception as error:
+        raise ValueError(f"transformers cannot load {name!r} ({_reason(error)}).") from None
+    if absent := sorted(k for k in report["missing_keys"] if re.search(LAYERS, f".{k}")):
+        raise ValueError(
+            f"{name!r} has no weights for {len(absent)} tensors of its layers ({absent[0]}, ...), and they would stay "
+            "random; its config.json is not that of its weights."
+        )
+    if model.base_model is model and any(k.startswith("pooler.") for k in report["missing_keys"]):
+        _log.warning("%s has no weights of a pooler, and is read without one", name)
+        model.pooler = None
+    return model.eval()
+
+
+def _class_of(transformers: Any, config: Any, task: str | None) -> Any:
+    """The class asked for, else the one that the config names, else the family's without a head."""
+    name = task or next(iter(config.architectures or []), "AutoModel")
+    if name.startswith("AutoModel") and hasattr(transformers, name):
+        return getattr(transformers, name)
+    found: Any = getattr(transformers, name, None)
+    if transformers.PreTrainedModel not in getattr(found, "__mro__", ()):
+        raise ValueError(f"{name!r} is no model of transformers; formix converts {FAMILIES}.")
+    if found.config_class is not type(config):
+        raise ValueError(f"{name!r} is not a class for the source, a model of the type {config.model_type!r}.")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {textwrap.shorten(str(error).rstrip('. '), 300, placeholder=' ...')}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
+from formix.conversion.pipeline import image_side
 from formix.data import OnBadSample, load_data
 
 
@@ -37,9 +39,9 @@ def metrics_for(
         words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         metrics["sts_spearman"] = lambda model: evaluation.sts_spearman(model, words, sts)
     for place in probe.split("+") if probe else ():
-        images = load_data(place, img_size=img_size, on_bad_sample=on_bad_sample)
-        metrics[f"probe {Path(place.partition(':')[2]).stem or place}"] = lambda model, data=images: (  # type: ignore[misc]
-            evaluation.linear_probe(model, data)
+        images = functools.cache(functools.partial(load_data, place, on_bad_sample=on_bad_sample))
+        metrics[f"probe {Path(place.partition(':')[2]).stem or place}"] = lambda model, load=images: (  # type: ignore[misc]
+            evaluation.linear_probe(model, load(img_size=image_side(model, img_size)))
         )
     if perplexity is not None:
         text = load_data(perplexity, tokenizer=str(tokenizer), sequence_length=sequence_length)

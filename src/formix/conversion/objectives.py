@@ -5,7 +5,8 @@ match   every changed layer alone, fed with the teacher's own input of that laye
             |Y_s - Y_t|^2 / |Y_t - X|^2  where the layout changed (Y: the layer's output, X: its input)
 align   end to end: hidden states |Y_s - Y_t|^2 / var(Y_t) of all layers and the tokens behind the last norm, pooled
         features 1 - cos(p_s, p_t), and the cosines between the samples of a batch, (cos_s - cos_t)^2
-task    KL(teacher | student) of the logits, the pooled features, and the task's own loss where there are labels
+task    KL(teacher | student) of the classes that the logits are of, or (y_s - y_t)^2 of a single score, the pooled
+        features, and the task's own loss where there are labels
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from formix.conversion.roles import Layer, layers
 from formix.conversion.taps import Answer, Flow, answer, moved, tapped
 from formix.data import Batch, Data
+from formix.models.inputs import independent_classes
 from formix.training.tasks import loss_of
 
 RELATIONS = 10.0  # weight of the cosines between samples: their squares are small
@@ -89,10 +91,7 @@ class Distillation:
         given = answer(model, batch)
         loss = _features(given, taught)
         if given.logits is not None and taught.logits is not None:
-            target = F.log_softmax(taught.logits.float().flatten(0, -2), -1)
-            loss = loss + F.kl_div(
-                F.log_softmax(given.logits.float().flatten(0, -2), -1), target, log_target=True, reduction="batchmean"
-            )
+            loss = loss + _answers(model, given.logits, taught.logits, batch.get("attention_mask"))
             if self.labelled and self.data is not None:
                 loss = loss + loss_of(given.logits, batch["labels"], self.data)
         return loss
@@ -131,6 +130,19 @@ def _features(given: Answer, taught: Answer) -> Tensor:
     alike = 1 - (own * theirs).sum(-1).mean()
     near, nearby = (torch.einsum("bpc,dpc->pbd", p, p) for p in (own, theirs))  # [P, B, B]
     return alike + RELATIONS * F.mse_loss(near, nearby)
+
+
+def _answers(model: Any, given: Tensor, taught: Tensor, mask: Tensor | None) -> Tensor:
+    """How far logits, [B, classes] or [B, N, classes] of tokens, are from the teacher's; padding counts nowhere."""
+    if mask is not None and given.dim() == 3:
+        given, taught = given[mask.bool()], taught[mask.bool()]
+    given, taught = given.float().flatten(0, -2), taught.float().flatten(0, -2)
+    if given.shape[-1] == 1:
+        return F.mse_loss(given, taught)
+    if independent_classes(model):  # each is a distribution over yes and no
+        given, taught = (torch.stack([logits, torch.zeros_like(logits)], -1) for logits in (given, taught))
+    divergence = F.kl_div(F.log_softmax(given, -1), F.log_softmax(taught, -1), log_target=True, reduction="sum")
+    return divergence / len(given)
 
 
 __all__: Sequence[str] = ("Distillation",)

@@ -12,7 +12,7 @@ from formix.conversion.report import write_report
 from formix.models.companions import companions, sentence_modules
 from formix.models.recorded import FILE
 
-SEARCH, RECOVERY = "search.json", "recovery"
+SEARCH, RECOVERY, REPORT = "search.json", "recovery", "report.html"
 
 
 class ConversionDirectory:
@@ -41,10 +41,13 @@ class ConversionDirectory:
         return conversion if conversion.request == request else None
 
     def save(self, model: Any) -> None:
-        """Write the model, last its record, and only then remove what a killed run would go on from."""
+        """Write the model in place of an earlier one with all that was beside it, last its record, and only then
+        remove what a killed run would go on from."""
         from formix import save
 
-        for name in (Path(FILE), *self._companions()):  # of what was here before
+        searched = model.conversion.request.get("search") is not None
+        beside = (*companions(self.path), *sentence_modules(self.path))
+        for name in (FILE, *beside, REPORT, *(() if searched else (SEARCH,))):
             (self.path / name).unlink(missing_ok=True)
         save(model, self.path)
         shutil.rmtree(self.recovery, ignore_errors=True)
@@ -52,15 +55,12 @@ class ConversionDirectory:
     def complete(self, conversion: Conversion) -> None:
         """Add the tokenizer or image processor of the source, what makes sentence embeddings of its outputs, and the
         report of a recovery."""
-        for name in self._companions():
+        for name in (*companions(self.source), *sentence_modules(self.source)):
             if not (self.path / name).exists():
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.source / name, self.path / name)
         if conversion.speed:
-            write_report(conversion.to_dict(), self.path / "report.html")
-
-    def _companions(self) -> list[Path]:
-        return [*companions(self.source), *sentence_modules(self.source)]
+            write_report(conversion.to_dict(), self.path / REPORT)
 
     def found(self, request: dict[str, Any]) -> list[int] | None:
         """The layers that a search of the same conversion chose before it was killed."""

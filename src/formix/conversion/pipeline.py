@@ -23,12 +23,12 @@ from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
-from formix.data.text import load_tokenizer
+from formix.data.text import load_tokenizer, own_tokenizer
+from formix.evaluation.labels import check_kind, check_labels
 from formix.evaluation.probe import normalised_for
 from formix.models.image import image_size
 from formix.training.parallel import start
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one makes a tokenizer
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
 Metric = Callable[[nn.Module], float]
 
@@ -56,11 +56,13 @@ class Recovery:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.calibration < 0 or self.batch_size < 1 or self.batch_tokens < 1:
-            raise ValueError(
-                f"calibration is {self.calibration}, batch_size {self.batch_size} and batch_tokens "
-                f"{self.batch_tokens}; they must be at least 0, 1 and 1."
-            )
+        for name, least in (
+            ("calibration", 0), ("batch_size", 1), ("batch_tokens", 1), ("sequence_length", 1), ("img_size", 1),
+            ("limit", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be between 0 and 1.")
         parse_stages(self.stages)
@@ -68,9 +70,9 @@ class Recovery:
 
 def parse_stages(text: str) -> list[tuple[str, float, str, float]]:
     """ "match:240s:5e-4,align:2epochs" as (name, number, unit, learning rate)."""
-    parsed = []
+    parsed, number = [], r"(\d+\.?\d*(?:e[+-]?\d+)?)"
     for item in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(\w+):([\d.]+)(s|steps|epochs)(?::([\d.e+-]+))?", item)
+        match = re.fullmatch(rf"(\w+):{number}(s|steps|epochs)(?::{number})?", item)
         if not match or match[1] not in STAGES or float(match[2]) <= 0:
             raise ValueError(
                 f"{item!r} is no stage; write NAME:BUDGET or NAME:BUDGET:LEARNING_RATE, the name one of "
@@ -88,8 +90,12 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     """
     from formix.models.text import check_length
 
+    check_kind(model, recovery.data, "The model")
     if not hasattr(model, "config"):
-        return _images(model, recovery), recovery.batch_size
+        data = _images(model, recovery)
+        if recovery.labelled:
+            check_labels(model, data, "The model")
+        return data, recovery.batch_size
     if recovery.on_bad_sample == "skip":
         raise ValueError("on_bad_sample='skip' is for images in files, and the model reads text; leave it out.")
     check_length(model, recovery.sequence_length)
@@ -107,6 +113,8 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
                 f"The tokenizer has {data.vocab_size} tokens and the model {model.config.vocab_size}; recovery needs "
                 "the model's own."
             )
+        if recovery.labelled:
+            check_labels(model, data, "The model")
         return data, recovery.batch_size
     data = load_sentences(
         recovery.data,
@@ -127,42 +135,48 @@ def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
     Raises:
         ValueError: neither, or one with other words or numbers than the source's own.
     """
-    # of a directory without a vocabulary transformers makes a tokenizer that knows no word
-    has_own = source is not None and any((Path(source) / file).is_file() for file in VOCABULARIES)
+    beside = None if source is None else own_tokenizer(Path(source))
     if recovery.tokenizer is None:
-        if not has_own:
+        if beside is None:
             raise ValueError("tokenizer is missing; name the directory of the model's own.")
-        return str(source)
-    if has_own:
-        given, own = (load_tokenizer(str(place)).get_vocab() for place in (recovery.tokenizer, source))
+        return beside
+    if beside is not None:
+        given, own = (load_tokenizer(place).get_vocab() for place in (recovery.tokenizer, beside))
         if other := sorted((number, word) for word, number in given.items() if own.get(word) != number):
             number, word = other[0]
             raise ValueError(
                 f"tokenizer is {recovery.tokenizer!r}, in which {word!r} is token {number}; in the model's own, in "
-                f"{str(source)!r}, it is {own.get(word, 'none')}: leave tokenizer out."
+                f"{beside!r}, it is {own.get(word, 'none')}: leave tokenizer out."
             )
     return recovery.tokenizer
 
 
-def _images(model: Any, recovery: Recovery) -> Data:
+def image_side(model: Any, asked: int | None) -> int:
+    """The side of the images that a model reads: the one asked for, or its own.
+
+    Raises:
+        ValueError: a side that the model does not read.
+    """
     own: Any = image_size(model)
     free = getattr(model, "dynamic_img_size", False)
-    size = recovery.img_size or (model.pretrained_cfg["input_size"][-1] if free else own[0])
+    size = asked or (model.pretrained_cfg["input_size"][-1] if free else own[0])
     patch = model.patch_embed.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
     if not free and (size, size) != own:
         raise ValueError(f"img_size is {size}; this model reads images of {own[0]} x {own[1]} alone.")
     if size % patch:
         raise ValueError(f"img_size is {size}; it must be a multiple of the model's patch, {patch}.")
+    return size
+
+
+def _images(model: Any, recovery: Recovery) -> Data:
     data = load_data(
         recovery.data,
-        img_size=size,
+        img_size=image_side(model, recovery.img_size),
         seed=recovery.seed,
         limit=recovery.limit,
         on_bad_sample=recovery.on_bad_sample,
     )
-    if data.task != "image-classification":
-        raise ValueError(f"{recovery.data!r} is text, and the model reads images.")
     return normalised_for(model, data)
 
 
@@ -200,8 +214,8 @@ def run(
         return {name: metric(current) for name, metric in measured.items()}
 
     stages = _stages(recovery, math.ceil(len(data.train) / batch_size), batch_size)
-    refuse_stages(model, data, stages, recovery.labelled)
-    conversion, distillation = model.conversion, Distillation(teacher, model, data, False)
+    conversion, distillation = model.conversion, Distillation(teacher, model, data, recovery.labelled)
+    refuse_stages(model, distillation, stages)
 
     def match_error(step: str) -> None:
         held_out = DataLoader(data.validation, batch_size=batch_size, collate_fn=collate)

@@ -77,9 +77,9 @@ def layer_changes(before: list[LayerDesign] | None, after: list[LayerDesign], ow
     changes = []
     for i, layer in enumerate(after):
         old_mixer = own_mixer if before is None else before[i].mixer.kind
-        old_layout = "series" if before is None else _layout(before[i])
+        old_layout = "series" if before is None else before[i].layout.words
         old = (old_mixer, old_layout, None if before is None else before[i].source)
-        new = (layer.mixer.kind, _layout(layer), layer.source)
+        new = (layer.mixer.kind, layer.layout.words, layer.source)
         same_mixer = old[0] == new[0] and (before is None or before[i].mixer == layer.mixer)
         if same_mixer and old[1:] == new[1:]:
             continue
@@ -100,9 +100,3 @@ def layers_of_design(design: Design, depth: int) -> list[LayerDesign]:
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _layout(layer: LayerDesign) -> str:
-    layout = layer.layout
-    kind = "parallel" if layout.parallel else "series" if layout.ffn else "no FFN"
-    return f"{kind}, {layout.norm}-norm" if layout.norm else kind

@@ -94,8 +94,8 @@ def recover(
         on_progress: called with a stage's name and the share of it that is done.
 
     Raises:
-        ValueError: a model in half precision, logits to be matched that the model has not, labels that no stage reads,
-            a loss that is no number, or a `state` of another recovery.
+        ValueError: a model in half precision, stages with nothing to match (logits that the model has not, layers that
+            are the source's), labels that no stage reads, a loss that is no number, or a `state` of another recovery.
     """
     dtype = next(model.parameters()).dtype
     if torch.promote_types(dtype, torch.float32) != dtype:
@@ -103,12 +103,12 @@ def recover(
             f"The model is in {dtype}, in which small steps are lost; recover it in float32: model.float()."
         )
     model.to(start().device)
-    refuse_stages(model, data, stages, labelled)
+    distillation = Distillation(teacher, model, data, labelled)
+    refuse_stages(model, distillation, stages)
     place = None if state is None else Path(state)
     conversion = Conversion.of(model)
     identity = _identity(conversion, data, stages, {**(settings or {}), "labelled": labelled, "seed": seed})
     records, done = _resume(model, place, identity)
-    distillation = Distillation(teacher, model, data, labelled)
     for number, stage in enumerate(stages):
         if number < done:
             continue
@@ -128,13 +128,18 @@ def recover(
 
 
 @torch.no_grad()
-def refuse_stages(model: nn.Module, data: Data, stages: Sequence[Stage], labelled: bool) -> None:
+def refuse_stages(model: nn.Module, distillation: Distillation, stages: Sequence[Stage]) -> None:
     """Raise `ValueError` for stages that cannot do what is asked of them."""
+    if any(stage.name == "match" for stage in stages) and not distillation.parts:
+        raise ValueError(
+            "No layer is converted, so that the stage match has none to match; leave it out of the stages."
+        )
     if not any(stage.name == "task" for stage in stages):
-        if labelled:
+        if distillation.labelled:
             raise ValueError("labelled is true, but labels are read by the stage task alone; add it to the stages.")
         return
-    batch = next(iter(DataLoader(data.validation, batch_size=1, collate_fn=collate)))
+    assert distillation.data is not None
+    batch = next(iter(DataLoader(distillation.data.validation, batch_size=1, collate_fn=collate)))
     if answer(model.eval(), moved(batch, model)).logits is None:
         raise ValueError(f"A {type(model).__name__} has no logits for the stage task; leave it out of the stages.")
 

@@ -85,12 +85,12 @@ def load_sentences(
         for text in filter(str.strip, _read(place)):
             times[text] = max(times.get(text, 0), int(number or 1))
     texts = list(times)
-    if len(texts) < 10:
-        raise ValueError(f"{name!r} has {len(texts)} sentences; recovery needs 10 or more.")
     random.Random(seed).shuffle(texts)
     texts = texts[:limit]
+    if len(texts) < 10:
+        raise ValueError(f"{name!r} has {len(texts)} sentences; recovery needs 10 or more, within limit too.")
     ids = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
-    held = max(1, round(held_out * len(ids)))
+    held = min(max(1, round(held_out * len(ids))), len(ids) - 1)
     train = [row for row, text in zip(ids[held:], texts[held:], strict=True) for _ in range(times[text])]
     pad = tokenizer.pad_token_id or 0
     sets = [Sentences(part, pad=pad, tokens=tokens, seed=seed) for part in (train, ids[:held])]
@@ -126,8 +126,15 @@ def _read(place: str) -> list[str]:
         header = rows.pop(0) if task.header else [str(n) for n in range(4)]
         columns = [header.index(column) for column in task.columns]
         return [row[c] for row in rows for c in columns if len(row) == len(header)]
-    if kind == "text" and (path.is_file() or path.is_dir()):
+    if kind == "text" and argument and (path.is_file() or path.is_dir()):
         files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        lines_of = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+        lines_of = (line for file in files for line in _text(file).splitlines())
         return [part for line in lines_of for part in re.split(r"(?<=[.!?]) ", line.strip()) if len(part.split()) > 3]
     raise ValueError(f"{place!r} has no sentences; give glue:DIR/TASK or text:PATH, several joined by '+'.")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r} is not UTF-8 text ({error}).") from None

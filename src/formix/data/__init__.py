@@ -30,6 +30,7 @@ SOURCES: dict[str, tuple[Callable[[Request], Data], str]] = {
     "hf:NAME": (load_hub, "images with labels, or text, through the datasets library; pip install formix[hf]"),
 }
 FILES = ("folder", "stream", "hf")  # where single samples may be unreadable
+TEXTS = ("stdlib", "text", "glue")
 IMAGES = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder", "stream")
 
 

@@ -22,6 +22,7 @@ from formix.data.base import SPLITS, Batch, BatchDataset, Data, Request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them makes a tokenizer
 SUFFIXES = (".txt", ".tokens", ".raw")  # what counts as text in a folder; WikiText uses the last two
 ALPHAS = tuple(10.0**e for e in (-3, -2.5, -2, -1.5, -1, -0.5, 0))  # additive smoothing tried on validation
 NOT_SOURCES = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -206,6 +207,11 @@ def _character_start(text: bytes, position: int) -> int:
     while position < len(text) and text[position] & 0xC0 == 0x80:
         position += 1
     return position
+
+
+def own_tokenizer(directory: Path) -> str | None:
+    """The directory, if a tokenizer lies in it: without a vocabulary transformers makes one that knows no word."""
+    return str(directory) if any((directory / file).is_file() for file in VOCABULARIES) else None
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:

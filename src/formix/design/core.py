@@ -174,7 +174,8 @@ class Design:
         if self.wiring is not None:
             parts.append(f"K, V of layer {self.wiring.source} for heads {self.wiring.heads}")
         if self.layers:
-            parts.append("layers " + ", ".join(f"{i}: {getattr(p, 'kind', 'layout')}" for i, p in self.layers.items()))
+            own = (f"{i}: {p.words if isinstance(p, Layout) else p.kind}" for i, p in self.layers.items())
+            parts.append("layers " + ", ".join(own))
         return "; ".join(parts)
 
 

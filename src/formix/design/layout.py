@@ -25,3 +25,9 @@ class Layout:
         check_flags(self, "parallel", "ffn")
         if self.parallel and not self.ffn:
             raise ValueError("A parallel layout without an FFN has nothing to be parallel to: choose one of the two.")
+
+    @property
+    def words(self) -> str:
+        """The layout for people: "series", "parallel, post-norm"."""
+        kind = "parallel" if self.parallel else "series" if self.ffn else "no FFN"
+        return f"{kind}, {self.norm}-norm" if self.norm else kind

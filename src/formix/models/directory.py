@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +75,25 @@ def load_directory(directory: Path) -> Any:
     config = read_config(directory)
     if not (directory / WEIGHTS).is_file() and not (directory / f"{WEIGHTS}.index.json").is_file():
         raise ValueError(f"{directory} has a config.json but no {WEIGHTS}; the model was not saved completely.")
-    try:
+    with _damage_named(directory):
         model = _load_image(config, directory) if "architecture" in config else _load_text(config, directory)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _damage_named(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS} is damaged ({error}); save the model again.") from None
-    return model.eval()
 
 
 def create_from_directory(directory: Path, design: str | Design | None, **kwargs: Any) -> Any:
     """The model in a directory, in another design if one is given, every weight with a place carried over."""
     config = read_config(directory)
     if "model_type" in config:
-        return _transformers_family(config).from_directory(directory, design, **kwargs)
+        with _damage_named(directory):
+            return _transformers_family(config).from_directory(directory, design, **kwargs)
     arguments = {**config["model_args"], **kwargs}
     if design is not None:
         arguments["design"] = design
@@ -101,7 +110,8 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
             inputs[statistic] = [sum(inputs[statistic]) / len(inputs[statistic])] * model.in_chans
     model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
     try:
-        missing, unexpected = _load(model, directory, new_classes)
+        with _damage_named(directory):
+            missing, unexpected = _load(model, directory, new_classes)
     except RuntimeError as error:
         raise ValueError(f"The weights in {directory} do not fit this model: {error}") from None
     if missing:
@@ -158,15 +168,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: missing or damaged, or a timm model that is not formix's.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{directory} is no model directory: it has no config.json.")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); save the model again.") from None
-    if not isinstance(config, dict) or not ("architecture" in config or "model_type" in config):
-        raise ValueError(f"{path} is no model's config: it has neither 'architecture' nor 'model_type'.")
+    path, config = directory / "config.json", stored_config(directory)
     if "architecture" in config and _entry(config) is None:
         raise ValueError(
             f"{path} is of timm's {config['architecture']!r}; load it with timm, or make a directory of formix's: "
@@ -184,6 +186,24 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged (it has no design, and without one no model is built); save the model again."
         )
+    return config
+
+
+def stored_config(directory: Path) -> dict[str, Any]:
+    """config.json of any model, formix's, timm's or transformers'.
+
+    Raises:
+        ValueError: missing or damaged.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is no model directory: it has no config.json.")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); save the model again.") from None
+    if not isinstance(config, dict) or not ("architecture" in config or "model_type" in config):
+        raise ValueError(f"{path} is no model's config: it has neither 'architecture' nor 'model_type'.")
     return config
 
 

@@ -42,6 +42,12 @@ def label_names(model: Any) -> tuple[str, ...] | None:
     return tuple(named[number] for number in sorted(named))
 
 
+def knows_statistics(model: Any) -> bool:
+    """Whether the statistics in a model's config are those that its weights were trained with: of a model that formix
+    trained or converted. Any other has timm's, whatever its training did."""
+    return getattr(model, "conversion_record", None) is not None or label_names(model) is not None
+
+
 def independent_classes(model: Any) -> bool:
     """Whether each class is a question of its own (a sigmoid, in place of softmax over classes)."""
     if hasattr(model, "pretrained_cfg"):

@@ -220,6 +220,8 @@ def from_directory(
         raise ValueError(f"{directory} has weights of another shape for {len(unfit)} parameters ({unfit[0]}, ...).")
     missing = report["missing_keys"]
     as_saved = own_task and design is None and str(stored["model_type"]).startswith("formix_")
+    if as_saved and missing and all(k.startswith("pooler.") for k in missing):
+        model.pooler, missing = None, set()  # it was saved without: BertModel(add_pooling_layer=False)
     # a new task brings a new head; a directory loaded as it was saved must bring every weight
     body = list(missing) if as_saved else [k for k in missing if f".{_LAYERS[family]}." in f".{k}"]
     if body:

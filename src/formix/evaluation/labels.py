@@ -1,0 +1,57 @@
+"""Whether data are what a model reads, and their labels what it answers with."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from formix.data import IMAGES, TEXTS, Data
+from formix.models.inputs import label_names
+from formix.models.text import task_of
+
+_log = logging.getLogger("formix")
+
+
+def check_kind(model: Any, source: str, name: str) -> None:
+    """Raise `ValueError` for images where the model, formix's or another, reads text, and the other way round.
+
+    Args:
+        source: the name of data, as `load_data` takes it.
+        name: what the model is called in the sentence, such as "The model".
+    """
+    text = hasattr(getattr(model, "config", None), "vocab_size")
+    if source.partition(":")[0] in (IMAGES if text else TEXTS):
+        raise ValueError(f"{name} reads {'text' if text else 'images'}, which {source!r} is not.")
+
+
+def check_labels(model: Any, data: Data, name: str) -> None:
+    """Raise `ValueError` for data of another task than the model's, of another number of classes, or of other ones.
+
+    Args:
+        model: one of formix's.
+        data: labelled for some task.
+        name: what the model is called in the sentence.
+    """
+    task = task_of(model)
+    if data.task.replace("regression", "classification") != task:
+        raise ValueError(f"{name} is for {task}, and {data.name!r} is for {data.task}.")
+    if task not in ("image-classification", "sequence-classification"):
+        return
+    has = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
+    if has != data.num_classes:
+        raise ValueError(f"{name} has {has or 'no'} classes and {data.name!r} has {data.num_classes}.")
+    _check_names(label_names(model), data, name)
+
+
+def _check_names(names: tuple[str, ...] | None, data: Data, model: str) -> None:
+    """ValueError for other classes than the model's, or the same in another order; where no name is shared they may be
+    the same in other words, and a warning says so."""
+    if names is None or data.class_names is None or names == data.class_names:
+        return
+    number, (its, other) = next(
+        (i, p) for i, p in enumerate(zip(names, data.class_names, strict=True)) if len({*p}) > 1
+    )
+    differ = f"{model} has {its!r} as class {number}, and {data.name!r} has {other!r}"
+    if set(names) & set(data.class_names):
+        raise ValueError(f"{differ}; give data with the model's classes, in their order.")
+    _log.warning("%s; they are taken for the same", differ)
