@@ -146,6 +146,38 @@ def test_a_design_with_weights_that_a_directory_lacks_is_refused(family, saved):
             formix.create_model(directory, design)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_hiden_layers": 2}, "'num_hiden_layers': no field of FormixBertConfig"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number, 1 or more"),
+        ({"hidden_act": "gellu"}, "hidden_act is 'gellu'; it must be one of"),
+    ],
+    ids=str,
+)
+def test_fields_of_a_text_directory_are_checked_as_those_of_a_name(change, match, saved):
+    root, _ = saved
+    with pytest.raises(ValueError, match=match):
+        formix.create_model(root / "bert-0", "relu", **change)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_number_of_classes_asks_for_a_classifier(family, saved):
+    root, _ = saved
+    model = formix.create_model(root / f"{family}-0", "relu", num_classes=5, pad_token_id=0)
+    assert type(model).__name__.endswith("ForSequenceClassification")
+    with torch.no_grad():
+        assert model(inputs(family)).logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+@pytest.mark.parametrize("name", ["bert-tiny", "cvt-13"])
+def test_a_type_of_the_weights_is_that_of_the_model(name, dtype):
+    sizes = {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3]} if name == "cvt-13" else BERT
+    model = formix.create_model(name, "relu", dtype=dtype, **sizes)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 def test_other_channels_adapt_the_patch_embedding_as_timm_does(channels, tmp_path, caplog):
     model = formix.create_model("vit_tiny_patch16_224", design="relu", img_size=32, depth=1, num_classes=3).eval()
