@@ -161,6 +161,14 @@ def test_fields_of_a_text_directory_are_checked_as_those_of_a_name(change, match
         formix.create_model(root / "bert-0", "relu", **change)
 
 
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "activator_32_p4", "relu_vit_small_patch16_224"])
+def test_arguments_of_an_image_directory_are_checked_as_those_of_a_name(name, tmp_path):
+    sizes = {"img_size": 32, "depth": 1, "num_classes": 5}
+    formix.save(formix.create_model(name, "sima" if name.startswith("xcit") else None, **sizes), tmp_path)
+    with pytest.raises(ValueError, match="colour"):
+        formix.create_model(tmp_path, colour="red")
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_number_of_classes_asks_for_a_classifier(family, saved):
     root, _ = saved

@@ -85,10 +85,18 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
     config = read_config(directory)
     if "model_type" in config:
         return _transformers_family(config).from_directory(directory, design, **kwargs)
+    if kwargs.get("features_only"):
+        raise ValueError(
+            f"The features of a directory are timm's to take: timm.create_model('local-dir:{directory}', "
+            "pretrained=True, features_only=True)."
+        )
     arguments = {**config["model_args"], **kwargs}
     if design is not None:
         arguments["design"] = design
-    model = _entry(config)(**arguments)
+    try:
+        model = _entry(config)(**arguments)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"The model in {directory} cannot be built with {kwargs}: {error}") from None
     new_classes = "num_classes" in kwargs and kwargs["num_classes"] != config["model_args"].get("num_classes")
     inputs = _inputs(config)
     if not getattr(model, "dynamic_img_size", False):
