@@ -219,6 +219,19 @@ def test_a_model_in_half_precision_keeps_its_numbers(tmp_path):
         assert torch.equal(weight.float(), model.state_dict()[name].float()), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["vit_relpos_small_patch16_224", "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"]
+)
+def test_buffers_that_are_not_stored_have_the_weights_type(name, dtype, tmp_path):
+    """Relative coordinates, the keys' bias of zeros, angles of positions."""
+    model = formix.create_model(name, "relu", depth=1, img_size=56, patch_size=14, num_classes=5).eval().to(dtype)
+    formix.save(model, tmp_path)
+    x = torch.randn(1, 3, 56, 56, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(formix.load(tmp_path)(x), model(x))
+
+
 # ------------------------------------------------------------------------------------------------------- refused
 
 

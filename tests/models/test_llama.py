@@ -93,6 +93,15 @@ def test_a_llama_directory_for_questions_is_read(tmp_path) -> None:
     torch.testing.assert_close(ours(tokens(2, 9)).end_logits, theirs(tokens(2, 9)).end_logits, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_cast_to_16_bits_is_the_one_in_its_file(tmp_path) -> None:
+    """The frequencies of the rotation are not stored: they stay in float32, also through a device without memory."""
+    model, ids = formix.create_model("llama-nano", **CONFIG).eval().bfloat16(), tokens(1, 60)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    formix.save(model, tmp_path)
+    assert torch.equal(formix.load(tmp_path)(ids).logits, model(ids).logits)
+    assert model.to("meta").to_empty(device="cpu").model.rotary_emb.inv_freq.device.type == "cpu"
+
+
 # ------------------------------------------------------------------------------- the model once more, straight-line
 
 

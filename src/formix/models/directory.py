@@ -212,6 +212,9 @@ def _load_image(config: dict[str, Any], directory: Path) -> Any:
     model: Any = _entry(config)(**config["model_args"])
     model.pretrained_cfg = {**model.pretrained_cfg, **_inputs(config)}
     stored = load_file(directory / WEIGHTS)
+    types = {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()}
+    if len(types) == 1:
+        model.to(types.pop())  # with the buffers that are not stored
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored:
             tensor.data = tensor.data.to(stored[name].dtype)
