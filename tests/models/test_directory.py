@@ -366,6 +366,24 @@ def test_what_cannot_be_saved(tmp_path):
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "file"], "nothing half written"
 
 
+CHANGES = {
+    "pruned": lambda model: model.prune_intermediate_layers([0, 1]),
+    "patch size": lambda model: model.set_input_size(patch_size=(8, 8)),
+    "head": lambda model: setattr(model, "head", torch.nn.Linear(48, 9)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_its_config_does_not_describe_is_not_saved(change, tmp_path):
+    model = make("vit")
+    CHANGES[change](model)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="changed after it was made"):
+        formix.save(model, tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_failed_save_leaves_the_older_model(tmp_path, monkeypatch):
     formix.save(make("vit", "relu"), tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from timm.models import adapt_input_conv
@@ -44,11 +45,27 @@ def save_directory(model: nn.Module, directory: Path) -> None:
             raise ValueError(
                 f"This model was made with {name}={argument!r}, which no config.json can hold; give it by name."
             ) from None
+    _check_described(model, described)
     config = json.dumps(described, indent=2)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_model(model, str(path), metadata={"format": "pt"}))
     _replace(directory / "config.json", lambda path: path.write_text(config + "\n"))
     write_record(model, directory)
+
+
+def _check_described(model: nn.Module, described: dict[str, Any]) -> None:
+    """Raise `ValueError` unless what config.json builds has the model's weights: parts may be others by now."""
+    with torch.device("meta"):
+        expected = _entry(described)(**described["model_args"]).state_dict()
+    own = model.state_dict()
+    changed = list(expected.keys() ^ own.keys())
+    changed += [k for k in expected.keys() & own.keys() if expected[k].shape != own[k].shape]
+    if changed:
+        raise ValueError(
+            f"The model was changed after it was made ({', '.join(sorted(changed)[:3])}, ...), so that no config.json "
+            "describes it: make it with its final sizes (depth, patch_size, ...), take reset_classifier for other "
+            "classes, and merge adapters."
+        )
 
 
 def _save_pretrained(model: Any, directory: Path) -> None:
