@@ -52,6 +52,7 @@ def test_save_and_load_give_the_same_logits(family: str, task: str, tmp_path) ->
         assert type(loaded) is type(model)
         assert not loaded.training
         torch.testing.assert_close(first(loaded(**inputs(task))), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(first(formix.load(tmp_path)(**inputs(task))), expected)  # weights in aligned memory, as these
     body = AutoModel.from_pretrained(tmp_path)
     assert body.config.design == model.config.design
     ours, theirs = model.base_model.state_dict(), body.state_dict()

@@ -250,9 +250,14 @@ def _load_text(config: dict[str, Any], directory: Path) -> Any:
             f"make a directory of formix's: formix convert {directory} --design=softmax --out=DIR"
         )
     try:
-        return _transformers_family(config).from_directory(directory)
+        model = _transformers_family(config).from_directory(directory)
     except RuntimeError as error:  # shapes that differ
         raise ValueError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
+    for (
+        parameter
+    ) in model.parameters():  # from the file's pages into aligned memory: elsewhere products round otherwise
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def _transformers_family(config: dict[str, Any]) -> Any:
