@@ -4,6 +4,7 @@ import pytest
 import straight as s
 import torch
 from oracles import H, close
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification, CvtConfig, CvtForImageClassification
 
 import formix
@@ -122,6 +123,23 @@ def test_a_transformers_directory_becomes_a_design(tmp_path):
     with pytest.raises(ValueError, match="no weights for"):
         formix.create_model(tmp_path, design="relu(qk_norm=true)")
     with pytest.raises(ValueError, match="without a design"):
+        formix.load(tmp_path)
+    other = formix.create_model(tmp_path, "sima", num_classes=9).eval()
+    assert other(images).logits.shape == (1, 9)
+    assert torch.equal(other.cvt.encoder.stages[2].cls_token, theirs.cvt.encoder.stages[2].cls_token)
+    with pytest.raises(ValueError, match="weights of another shape for 1 parameters"):
+        formix.create_model(tmp_path, "sima", in_chans=1)
+    with pytest.raises(ValueError, match="'layers': no field"):
+        formix.create_model(tmp_path, "sima", layers=3)
+
+
+@pytest.mark.parametrize("lost", ["classifier.weight", "cvt.encoder.stages.2.cls_token", "layernorm.bias"])
+def test_a_directory_without_a_weight_is_refused(lost, tmp_path):
+    formix.save(formix.create_model("cvt-13", design="relu", **SMALL), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[lost]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"no weights for 1 parameters of this design .{lost}"):
         formix.load(tmp_path)
 
 

@@ -146,6 +146,46 @@ def test_a_design_with_weights_that_a_directory_lacks_is_refused(family, saved):
             formix.create_model(directory, design)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_hiden_layers": 2}, "'num_hiden_layers': no field of FormixBertConfig"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number, 1 or more"),
+        ({"hidden_act": "gellu"}, "hidden_act is 'gellu'; it must be one of"),
+    ],
+    ids=str,
+)
+def test_fields_of_a_text_directory_are_checked_as_those_of_a_name(change, match, saved):
+    root, _ = saved
+    with pytest.raises(ValueError, match=match):
+        formix.create_model(root / "bert-0", "relu", **change)
+
+
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "activator_32_p4", "relu_vit_small_patch16_224"])
+def test_arguments_of_an_image_directory_are_checked_as_those_of_a_name(name, tmp_path):
+    sizes = {"img_size": 32, "depth": 1, "num_classes": 5}
+    formix.save(formix.create_model(name, "sima" if name.startswith("xcit") else None, **sizes), tmp_path)
+    with pytest.raises(ValueError, match="colour"):
+        formix.create_model(tmp_path, colour="red")
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_number_of_classes_asks_for_a_classifier(family, saved):
+    root, _ = saved
+    model = formix.create_model(root / f"{family}-0", "relu", num_classes=5, pad_token_id=0)
+    assert type(model).__name__.endswith("ForSequenceClassification")
+    with torch.no_grad():
+        assert model(inputs(family)).logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+@pytest.mark.parametrize("name", ["bert-tiny", "cvt-13"])
+def test_a_type_of_the_weights_is_that_of_the_model(name, dtype):
+    sizes = {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3]} if name == "cvt-13" else BERT
+    model = formix.create_model(name, "relu", dtype=dtype, **sizes)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 def test_other_channels_adapt_the_patch_embedding_as_timm_does(channels, tmp_path, caplog):
     model = formix.create_model("vit_tiny_patch16_224", design="relu", img_size=32, depth=1, num_classes=3).eval()
@@ -177,6 +217,19 @@ def test_a_model_in_half_precision_keeps_its_numbers(tmp_path):
     loaded = formix.load(tmp_path)
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight.float(), model.state_dict()[name].float()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["vit_relpos_small_patch16_224", "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"]
+)
+def test_buffers_that_are_not_stored_have_the_weights_type(name, dtype, tmp_path):
+    """Relative coordinates, the keys' bias of zeros, angles of positions."""
+    model = formix.create_model(name, "relu", depth=1, img_size=56, patch_size=14, num_classes=5).eval().to(dtype)
+    formix.save(model, tmp_path)
+    x = torch.randn(1, 3, 56, 56, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(formix.load(tmp_path)(x), model(x))
 
 
 # ------------------------------------------------------------------------------------------------------- refused
@@ -311,6 +364,24 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="file"):
         formix.save(make("vit"), tmp_path / "file")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "file"], "nothing half written"
+
+
+CHANGES = {
+    "pruned": lambda model: model.prune_intermediate_layers([0, 1]),
+    "patch size": lambda model: model.set_input_size(patch_size=(8, 8)),
+    "head": lambda model: setattr(model, "head", torch.nn.Linear(48, 9)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_its_config_does_not_describe_is_not_saved(change, tmp_path):
+    model = make("vit")
+    CHANGES[change](model)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="changed after it was made"):
+        formix.save(model, tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_failed_save_leaves_the_older_model(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from text_families import small, tokens
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForQuestionAnswering
 
 import formix
 
@@ -83,6 +83,23 @@ def test_a_llama_directory_is_carried_into_another_design(tmp_path) -> None:
     other = formix.create_model(tmp_path, design="relu+skip").eval()
     assert torch.equal(other.model.layers[1].self_attn.k_proj.weight, theirs.model.layers[1].self_attn.k_proj.weight)
     assert not torch.allclose(other(ids).logits, theirs(ids).logits, atol=1e-3)
+
+
+def test_a_llama_directory_for_questions_is_read(tmp_path) -> None:
+    """transformers' class calls its trunk `transformer` in the file, all others `model`."""
+    theirs = LlamaForQuestionAnswering(LlamaConfig(**CONFIG)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = formix.create_model(tmp_path, design="softmax").eval()
+    torch.testing.assert_close(ours(tokens(2, 9)).end_logits, theirs(tokens(2, 9)).end_logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_cast_to_16_bits_is_the_one_in_its_file(tmp_path) -> None:
+    """The frequencies of the rotation are not stored: they stay in float32, also through a device without memory."""
+    model, ids = formix.create_model("llama-nano", **CONFIG).eval().bfloat16(), tokens(1, 60)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    formix.save(model, tmp_path)
+    assert torch.equal(formix.load(tmp_path)(ids).logits, model(ids).logits)
+    assert model.to("meta").to_empty(device="cpu").model.rotary_emb.inv_freq.device.type == "cpu"
 
 
 # ------------------------------------------------------------------------------- the model once more, straight-line

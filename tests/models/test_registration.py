@@ -101,6 +101,18 @@ def test_timm_s_features(tmp_path):
         want = model.forward_intermediates(x, indices=[1, 2, 3], intermediates_only=True)
     assert len(got) == 3
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match="local-dir:"):
+        formix.create_model(tmp_path, features_only=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_relpos_small_patch16_224"]
+)
+def test_features_by_name(name):
+    features = formix.create_model(name, "relu", features_only=True, out_indices=[0, 1], **VIT | {"depth": 2})
+    assert [y.shape for y in features(torch.randn(1, 3, 32, 32))] == [(1, 24, 2, 2)] * 2
+    with pytest.raises(ValueError, match="features_only is for fresh weights"):
+        formix.create_model(name, "relu", features_only=True, pretrained=True)
 
 
 TASKS = [(family, task) for family, (_, tasks) in FAMILIES.items() for task in tasks]

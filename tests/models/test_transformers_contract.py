@@ -52,6 +52,7 @@ def test_save_and_load_give_the_same_logits(family: str, task: str, tmp_path) ->
         assert type(loaded) is type(model)
         assert not loaded.training
         torch.testing.assert_close(first(loaded(**inputs(task))), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(first(formix.load(tmp_path)(**inputs(task))), expected)  # weights in aligned memory, as these
     body = AutoModel.from_pretrained(tmp_path)
     assert body.config.design == model.config.design
     ours, theirs = model.base_model.state_dict(), body.state_dict()
@@ -164,9 +165,11 @@ def test_hidden_states(family: str, design: str) -> None:
 
 
 @family_
-def test_attention_weights_are_refused_not_left_out(family: str) -> None:
+def test_attention_weights_and_cross_attention_are_refused_not_left_out(family: str) -> None:
     with pytest.raises(ValueError, match="output_attentions"):
         small(family, "softmax")(tokens(1, 5), output_attentions=True)
+    with pytest.raises(ValueError, match="encoder_hidden_states"):
+        small(family, "softmax")(tokens(1, 5), encoder_hidden_states=torch.zeros(1, 3, 32))
 
 
 @task_

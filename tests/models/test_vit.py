@@ -297,6 +297,8 @@ def test_activator_pools_the_tokens(caplog):
     assert not torch.equal(model(x)[0], model(x)[1])
     with pytest.raises(ValueError, match="global_pool is 'token', but this design mixes no tokens"):
         ours(design="activator", global_pool="token")
+    with pytest.raises(ValueError, match="pool by 'avg' instead"):
+        ours(design="activator", global_pool="avg").reset_classifier(3, "token")
     with pytest.raises(ValueError, match=r"deit_tiny_distilled.*mixes no tokens"):
         ours("deit_tiny_distilled_patch16_224", design="activator")
     hybrid = ours(design=formix.design("activator", layers={1: Softmax()}))

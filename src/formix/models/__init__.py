@@ -68,7 +68,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     beside them, be the model converted here or loaded.
 
     Raises:
-        ValueError: not a model of formix's.
+        ValueError: not a model of formix's, or an image model whose parts were replaced since it was made.
     """
     from formix.models.directory import save_directory
 

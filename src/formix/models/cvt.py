@@ -25,6 +25,7 @@ from formix.design import design as find_design
 from formix.layers import attend, compose
 from formix.layers.attention import GATES
 from formix.layers.layout import norm_position, norms_used
+from formix.models.hf import check_loaded, known_fields
 
 # name -> fields of transformers' config that differ from its defaults, which are those of CvT-13
 SIZES: dict[str, dict[str, Any]] = {
@@ -221,11 +222,9 @@ def create_cvt(
     """
     if name not in SIZES:
         raise ValueError(f"{name!r} is no CvT; known are {', '.join(SIZES)}.")
-    fields = _transformers_words(config)
-    unknown = sorted(set(fields) - set(CvtConfig().to_dict()) - {"num_labels", "problem_type"})
-    if unknown:
-        raise ValueError(f"{', '.join(map(repr, unknown))}: no field of CvtConfig.")
-    return _class_for(task)(FormixCvtConfig(**(SIZES[name] | fields), design=find_design(design).to_dict()))
+    fields = SIZES[name] | _fields(config)
+    model = _class_for(task)(FormixCvtConfig(**fields, design=find_design(design).to_dict()))
+    return model if model.config.dtype is None else model.to(model.config.dtype)
 
 
 def from_directory(
@@ -234,9 +233,11 @@ def from_directory(
     """A transformers CvT directory, or one that formix saved, with its weights, in `design`.
 
     Raises:
-        ValueError: a design with weights that the directory does not have.
+        ValueError: a field that CvT does not have, or a design with weights that the directory does not have.
     """
+    given = _fields(config)
     stored = json.loads((directory / "config.json").read_text())
+    own_task = task is None and not given
     heads = [name.removeprefix("Formix") for name in stored.get("architectures") or []]
     task = task or ("features" if heads == ["CvtModel"] else "image-classification")
     chosen = find_design(design if design is not None else stored.get("design") or "softmax")
@@ -244,22 +245,20 @@ def from_directory(
     fields = {k: v for k, v in source.items() if k not in ("model_type", "design")}
     model, report = _class_for(task).from_pretrained(
         directory,
-        config=FormixCvtConfig(**(fields | _transformers_words(config)), design=chosen.to_dict()),
+        config=FormixCvtConfig(**(fields | given), design=chosen.to_dict()),
         local_files_only=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=not own_task,  # the classifier of other classes; anything else is refused below
     )
-    missing = sorted(k for k in report["missing_keys"] if ".layers." in k)
-    if missing:
-        raise ValueError(
-            f"{directory} has no weights for {len(missing)} parameters of this design ({', '.join(missing[:3])}, ...): "
-            "they would stay random. Train the design from scratch or convert the model."
-        )
+    as_saved = own_task and design is None and stored["model_type"] == FormixCvtConfig.model_type
+    check_loaded(model, report, directory, layers="layers", whole=as_saved)
     return model
 
 
-def _transformers_words(config: dict[str, Any]) -> dict[str, Any]:
-    names = {"num_classes": "num_labels", "in_chans": "num_channels"}
-    return {names.get(k, k): v for k, v in config.items() if k != "img_size"}
+def _fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the config, by timm's words too."""
+    words = {"num_channels" if k == "in_chans" else k: v for k, v in config.items() if k != "img_size"}
+    return known_fields(FormixCvtConfig, words)
 
 
 def _class_for(task: str) -> Any:

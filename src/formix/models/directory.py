@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from timm.models import adapt_input_conv
@@ -46,11 +47,27 @@ def save_directory(model: nn.Module, directory: Path) -> None:
             raise ValueError(
                 f"This model was made with {name}={argument!r}, which no config.json can hold; give it by name."
             ) from None
+    _check_described(model, described)
     config = json.dumps(described, indent=2)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_model(model, str(path), metadata={"format": "pt"}))
     _replace(directory / "config.json", lambda path: path.write_text(config + "\n"))
     write_record(model, directory)
+
+
+def _check_described(model: nn.Module, described: dict[str, Any]) -> None:
+    """Raise `ValueError` unless what config.json builds has the model's weights: parts may be others by now."""
+    with torch.device("meta"):
+        expected = _entry(described)(**described["model_args"]).state_dict()
+    own = model.state_dict()
+    changed = list(expected.keys() ^ own.keys())
+    changed += [k for k in expected.keys() & own.keys() if expected[k].shape != own[k].shape]
+    if changed:
+        raise ValueError(
+            f"The model was changed after it was made ({', '.join(sorted(changed)[:3])}, ...), so that no config.json "
+            "describes it: make it with its final sizes (depth, patch_size, ...), take reset_classifier for other "
+            "classes, and merge adapters."
+        )
 
 
 def _save_pretrained(model: Any, directory: Path) -> None:
@@ -94,10 +111,18 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
     if "model_type" in config:
         with _damage_named(directory):
             return _transformers_family(config).from_directory(directory, design, **kwargs)
+    if kwargs.get("features_only"):
+        raise ValueError(
+            f"The features of a directory are timm's to take: timm.create_model('local-dir:{directory}', "
+            "pretrained=True, features_only=True)."
+        )
     arguments = {**config["model_args"], **kwargs}
     if design is not None:
         arguments["design"] = design
-    model = _entry(config)(**arguments)
+    try:
+        model = _entry(config)(**arguments)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"The model in {directory} cannot be built with {kwargs}: {error}") from None
     new_classes = "num_classes" in kwargs and kwargs["num_classes"] != config["model_args"].get("num_classes")
     inputs = _inputs(config)
     if not getattr(model, "dynamic_img_size", False):
@@ -224,6 +249,9 @@ def _load_image(config: dict[str, Any], directory: Path) -> Any:
     model: Any = _entry(config)(**config["model_args"])
     model.pretrained_cfg = {**model.pretrained_cfg, **_inputs(config)}
     stored = load_file(directory / WEIGHTS)
+    types = {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()}
+    if len(types) == 1:
+        model.to(types.pop())  # with the buffers that are not stored
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in stored:
             tensor.data = tensor.data.to(stored[name].dtype)
@@ -242,9 +270,14 @@ def _load_text(config: dict[str, Any], directory: Path) -> Any:
             f"make a directory of formix's: formix convert {directory} --design=softmax --out=DIR"
         )
     try:
-        return _transformers_family(config).from_directory(directory)
+        model = _transformers_family(config).from_directory(directory)
     except RuntimeError as error:  # shapes that differ
         raise ValueError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
+    for (
+        parameter
+    ) in model.parameters():  # from the file's pages into aligned memory: elsewhere products round otherwise
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def _transformers_family(config: dict[str, Any]) -> Any:

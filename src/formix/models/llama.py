@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
+    LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
 from transformers.utils.generic import merge_with_config_defaults
@@ -75,6 +76,19 @@ class RMSNorm(LlamaRMSNorm):
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
+
+
+class FormixLlamaRotaryEmbedding(LlamaRotaryEmbedding):
+    """transformers' rotation, its frequencies in float32 whatever type the model is cast to: they are not stored, and a
+    model cast to 16 bits would have other angles than the one that is loaded from its file."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if (cast := getattr(self, name)).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(cast.device))
+        return self
 
 
 class FormixLlamaAttention(DesignedAttention):
@@ -184,6 +198,7 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
             raise ValueError("layer_types has sliding layers, and sliding_window is None; give it a number of keys.")
         self.windows = [kind == "sliding_attention" for kind in kinds]
         self.norm: Any = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb: Any = FormixLlamaRotaryEmbedding(config)
         self.layer_designs = layer_designs(config, causal=True)
         for layer in self.layer_designs:
             if layer.source is not None and self.windows[layer.index] != self.windows[layer.source]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,14 @@ from transformers.activations import ACT2FN
 from formix.design import Design
 from formix.design import design as find_design
 from formix.models import bert, distilbert, gpt2, llama, roberta
+from formix.models.hf import check_loaded, known_fields
 
-_log = logging.getLogger("formix")
 _COUNTS = {  # fields of the configs that count something
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_positions",
+    "n_embd", "n_layer", "n_head", "n_positions", "dim", "n_layers", "n_heads", "hidden_dim",
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_labels",
     "intermediate_size", "max_position_embeddings", "type_vocab_size",
 }  # fmt: skip
+_WITHOUT_CLASSES = ("causal-lm", "masked-lm", "features")  # tasks for which num_labels says nothing
 # family -> (config class, {task: model class}); the first task is the default
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt2": (
@@ -147,21 +144,16 @@ def create_text_model(
     """
     family, size = SIZES[name]
     config_class, classes = FAMILIES[family]
-    if "num_classes" in config:
-        config["num_labels"] = config.pop("num_classes")
-    task = task or ("sequence-classification" if "num_labels" in config else next(iter(classes)))
-    model_class = _class_for(family, task)
-    known = set(config_class().to_dict()) | set(config_class.attribute_map) | {"num_labels", "problem_type"}
-    unknown = sorted(set(config) - known)
-    if unknown:
-        raise ValueError(f"{', '.join(map(repr, unknown))}: no field of {config_class.__name__}.")
-    canonical = {config_class.attribute_map.get(k, k): v for k, v in (size | config).items()}
+    canonical = known_fields(config_class, size | config)
     _check_fields(canonical)
+    task = task or ("sequence-classification" if "num_labels" in canonical else next(iter(classes)))
+    model_class = _class_for(family, task)
     vocabulary = canonical.get("vocab_size", config_class().vocab_size)
     for token in ("bos_token_id", "eos_token_id"):  # GPT-2's own lie outside a smaller vocabulary
         if (getattr(config_class(), token, None) or 0) >= vocabulary:
             canonical.setdefault(token, None)
-    return model_class(config_class(**canonical, design=find_design(design).to_dict()))
+    model = model_class(config_class(**canonical, design=find_design(design).to_dict()))
+    return model if model.config.dtype is None else model.to(model.config.dtype)
 
 
 def _check_fields(config: dict[str, Any]) -> None:
@@ -170,7 +162,7 @@ def _check_fields(config: dict[str, Any]) -> None:
         value = config[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more.")
-    for name in {"hidden_act", "activation_function"} & config.keys():
+    for name in {"hidden_act", "activation_function", "activation"} & config.keys():
         if config[name] not in ACT2FN:
             raise ValueError(f"{name} is {config[name]!r}; it must be one of {', '.join(sorted(ACT2FN))}.")
 
@@ -193,12 +185,14 @@ def from_directory(
     if family not in FAMILIES:
         raise ValueError(f"{directory} has model_type {family!r}; formix knows {', '.join(FAMILIES)}.")
     config_class, classes = FAMILIES[family]
-    own_task = task is None and not config
+    given = known_fields(config_class, config)
+    _check_fields(given)
+    own_task = task is None and not given
     if task is None:
         heads = [name.removeprefix("Formix") for name in stored.get("architectures") or []]
         task = next((t for t, c in classes.items() if c.__name__.removeprefix("Formix") in heads), next(iter(classes)))
-    if "num_classes" in config:
-        config["num_labels"] = config.pop("num_classes")
+        if "num_labels" in given and task in _WITHOUT_CLASSES:
+            task = "sequence-classification"
     source = AutoConfig.from_pretrained(directory, local_files_only=True)
     chosen = find_design(design if design is not None else stored.get("design") or "softmax")
     if stored.get("pruned_kv") and chosen != find_design(stored["design"]):
@@ -207,33 +201,22 @@ def from_directory(
             "start from the directory that was pruned."
         )
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "design")}
-    new_config = config_class(**(fields | config), design=chosen.to_dict())
+    new_config = config_class(**(fields | given), design=chosen.to_dict())
     model, report = _class_for(family, task).from_pretrained(
         directory,
         config=new_config,
         local_files_only=True,
         output_loading_info=True,
+        key_mapping=_RENAMED.get(family),
         ignore_mismatched_sizes=not own_task,  # the head of another number of labels; anything else is refused below
     )
-    inside = "" if model.base_model is model else f"{model.base_model_prefix}."
-    if unfit := sorted(k for k, *_ in report["mismatched_keys"] if k.startswith(inside)):
-        raise ValueError(f"{directory} has weights of another shape for {len(unfit)} parameters ({unfit[0]}, ...).")
-    missing = report["missing_keys"]
     as_saved = own_task and design is None and str(stored["model_type"]).startswith("formix_")
+    missing = report["missing_keys"]
     if as_saved and missing and all(k.startswith("pooler.") for k in missing):
-        model.pooler, missing = None, set()  # it was saved without: BertModel(add_pooling_layer=False)
-    # a new task brings a new head; a directory loaded as it was saved must bring every weight
-    body = list(missing) if as_saved else [k for k in missing if f".{_LAYERS[family]}." in f".{k}"]
-    if body:
-        raise ValueError(
-            f"{directory} has no weights for {len(body)} parameters of this design ({', '.join(sorted(body)[:3])}, ...)"
-            ": they would stay random. Train the design from scratch or convert the model."
-        )
+        model.pooler, report["missing_keys"] = None, set()  # it was saved without: BertModel(add_pooling_layer=False)
+    check_loaded(model, report, directory, layers=_LAYERS[family], whole=as_saved)
     if not as_saved:
         model.conversion_record = None  # it is about the directory's own design
-    homeless = [k for k in report["unexpected_keys"] if f".{_LAYERS[family]}." in f".{k}"]
-    if homeless:
-        _log.warning("weights without a place in this design: %s", ", ".join(sorted(homeless)))
     return model
 
 
@@ -244,6 +227,7 @@ _LAYERS = {
     "distilbert": "layer",
     "llama": "layers",
 }  # the path of a family's layers
+_RENAMED = {"llama": {r"^transformer\.": "model."}}  # transformers' question answering calls its trunk otherwise
 
 
 def task_of(model: Any) -> str:

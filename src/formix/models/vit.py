@@ -126,6 +126,12 @@ class FormixVisionTransformer(_DesignedTrunk, VisionTransformer):  # type: ignor
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # [B, 1 + N, C]
         return self.pos_drop(tokens + positions)
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier, as timm's; refused where no image would reach it."""
+        if not any(block.layer_design.mixer.has_keys for block in self.blocks):  # those that pruning left
+            _check_pool(global_pool)
+        super().reset_classifier(num_classes, global_pool)
+
     def __prepare_scriptable__(self) -> nn.Module:
         from formix.models import script
 
@@ -149,6 +155,12 @@ _CLASSES: dict[type, type] = {
     VisionTransformer: FormixVisionTransformer,
     VisionTransformerDistilled: FormixVisionTransformerDistilled,
 }
+
+
+def _check_pool(global_pool: str | None) -> None:
+    """Raise `ValueError` for the class token of a design that mixes no tokens."""
+    if global_pool == "token":
+        raise ValueError("global_pool is 'token', but this design mixes no tokens: pool by 'avg' instead.")
 
 
 class _BlockArguments(nn.Identity):
@@ -175,6 +187,13 @@ def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool 
     """
     from formix.models import own_blocks
 
+    if kwargs.pop("features_only", False):
+        if pretrained:
+            raise ValueError(
+                "features_only is for fresh weights here: save the pretrained model with formix.save and take the "
+                "features of its directory, timm.create_model('local-dir:DIR', pretrained=True, features_only=True)."
+            )
+        return timm.create_model("formix_vit", base=name, design=design, features_only=True, **kwargs)
     chosen = find_design(design)
     asked, norm_eps = kwargs, kwargs.get("norm_eps")
     kwargs = {k: v for k, v in kwargs.items() if k not in ("norm_eps", "pos_antialias")}
@@ -186,8 +205,7 @@ def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool 
             raise ValueError(
                 f"{name!r} reads two tokens of its own, and this design mixes no tokens: no image gets there."
             )
-        if kwargs.get("global_pool") == "token":
-            raise ValueError("global_pool is 'token', but this design mixes no tokens: pool by 'avg' instead.")
+        _check_pool(kwargs.get("global_pool"))
         if probe.global_pool == "token":
             _log.warning("%s: the design mixes no tokens, so the classifier pools by 'avg' and not by 'token'", name)
             kwargs, asked = {**kwargs, "global_pool": "avg"}, {**asked, "global_pool": "avg"}
