@@ -74,13 +74,13 @@ class RunRecord:
     test: float | None = None  # metric on the test split; null unless selected
     curve: tuple[CurvePoint, ...] = ()  # evaluations in order
     parameters: int | None = None  # trainable parameters
-    flops: int | None = None  # FLOPs of one item's forward pass
+    flops: int | None = None  # FLOPs of one item's forward pass; of sentences, one of the mean length
     train_items_per_second: float | None = None  # training throughput
     train_seconds: float | None = None  # training time, evaluation not counted
     latency_ms: dict[str, dict[str, float | None]] = field(
         default_factory=dict
     )  # precision -> batch size -> ms per batch
-    peak_memory_bytes: int | None = None  # peak memory of training
+    peak_memory_bytes: int | None = None  # peak memory of a training step; of sentences, with the longest
     notes: tuple[str, ...] = ()  # why a value is null, in words
     config_hash: str = ""  # of everything that determines this run; equal hash, equal run
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -123,7 +124,8 @@ class _Job:
         training = self.config.training(lr, seed)
         set_seed(seed)
         model = build_model(self.data, self.config.model, self.config.model_args, name)
-        memory = step_memory(model, self.data, self.config.batch_size // self.config.accumulation, training.precision)
+        part = math.ceil(self.config.batch_size / self.config.accumulation)
+        memory = step_memory(model, self.data, part, training.precision)
         flops = flops_per_item(model, self.data)
         label = f"{name}, seed {seed}, lr {lr:g}"
         report = None
