@@ -60,6 +60,13 @@ def test_studies_and_flags_are_one_configuration_and_several_studies_share_a_rep
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_flags_may_be_apart_from_their_values(tmp_path):
+    (tmp_path / "study.yaml").write_text("data: digits\nseeds: 3\n")
+    flags = [part for flag in SMALL if not flag.startswith("--data") for part in flag.split("=", 1)]
+    assert main(["compare", "--config", str(tmp_path / "study.yaml"), *flags, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["data"] == "digits"
+
+
 def test_report_makes_the_page_and_the_table_again(tmp_path, capsys):
     assert main(["compare", "--data=digits", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
     results = str(tmp_path / "out" / "results.json")
@@ -106,7 +113,7 @@ WRONG = {
     "missing text": (["compare", "--data=text:{tmp}/none.txt"], "none.txt"),
     "missing task": (["compare", "--data=glue:{tmp}/SST-2"], "SST-2"),
     "negative epochs": (["compare", "--epochs=-3"], "epochs is -3"),
-    "absurd rate": (["compare", "--lrs=1e9"], "lr is 1000000000"),
+    "absurd rate": (["compare", "--lrs=1e9"], "lrs has 1000000000"),
     "word for a number": (["compare", "--seeds=many"], "seeds"),
     "no seeds": (["compare", "--seeds=0"], "seeds is 0"),
     "huge batch of none": (["compare", "--batch_size=0"], "batch_size is 0"),
@@ -114,6 +121,12 @@ WRONG = {
     "broken YAML": (["compare", "{tmp}/broken.yaml"], "broken.yaml"),
     "unknown key in YAML": (["compare", "{tmp}/unknown.yaml"], "/unknown.yaml: colour is no setting of formix compare"),
     "missing YAML": (["compare", "{tmp}/none.yaml"], "none.yaml is no file"),
+    "no YAML": (["compare", "digits"], "digits is no file; give a study's YAML"),
+    "design beside a study": (
+        ["compare", "{tmp}/study.yaml", "--designs=nope"],
+        "formix: designs: 'nope' is",
+    ),
+    "rate beside a study": (["compare", "{tmp}/study.yaml", "--lrs=0"], "formix: lrs has 0.0; it must be above 0"),
     "unknown model": (["compare", "--data=digits", "--model=vit_nope"], "vit_nope"),
     "model of another kind": (["compare", "--data=digits", "--model=resnet18"], "ResNet"),
     "model argument": (["compare", "--data=digits", '--model_args={"colour": 1}'], "colour"),
@@ -160,6 +173,7 @@ def wrong_files(tmp_path_factory):
     (tmp / "short.txt").write_text("too short")
     (tmp / "broken.yaml").write_text("data: [digits\n  designs: {")
     (tmp / "unknown.yaml").write_text("data: digits\ncolour: red\n")
+    (tmp / "study.yaml").write_text("data: digits\nlrs: 1e-3\n")
     (tmp / "twice.yaml").write_text("data: digits\nseeds: 1\nseeds: 2\n")
     (tmp / "null.yaml").write_text("data: digits\nseeds: null\n")
     (tmp / "list.yaml").write_text("- digits\n- softmax\n")

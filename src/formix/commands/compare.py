@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formix.commands.arguments import parse
+from formix.commands.arguments import parse, split_named
 
 if TYPE_CHECKING:
     from formix.comparison import CompareConfig, Progress
@@ -22,9 +22,7 @@ def compare(arguments: list[str]) -> int:
     from formix.comparison import compare as run
     from formix.comparison import print_table, write_report
 
-    studies = [a for a in arguments if not a.startswith("-") and a.endswith((".yaml", ".yml"))]
-    flags = [a for a in arguments if a not in studies]
-    configs = _configs(studies, flags)
+    configs = _configs(arguments)
     console = Console(stderr=False)
     results = []
     for config in configs:
@@ -43,15 +41,16 @@ def compare(arguments: list[str]) -> int:
     return 0
 
 
-def _configs(studies: list[str], flags: list[str]) -> list[CompareConfig]:
+def _configs(arguments: list[str]) -> list[CompareConfig]:
     """One configuration per study file, or one of the flags alone; flags override the files."""
     from formix.comparison import CompareConfig
 
+    studies, flags = split_named(CompareConfig, arguments)
     if not studies:
         return [parse(CompareConfig, "compare", flags)]
     configs = []
     for study in studies:
-        if not Path(study).is_file():
+        if not study.endswith((".yaml", ".yml")) or not Path(study).is_file():
             raise ValueError(f"{study} is no file; give a study's YAML.")
         config = parse(CompareConfig, "compare", ["--config", study, *flags])
         default = CompareConfig.__dataclass_fields__["out"].default

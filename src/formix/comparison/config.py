@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,9 +54,15 @@ class CompareConfig(DataConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"designs is {self.designs!r}; a design is named twice.")
         for name in names:
-            design(name)
+            try:
+                design(name)
+            except ValueError as error:
+                raise ValueError(f"designs: {error}") from None
         for lr in self.learning_rates:
-            self.training(lr, seed=0)
+            try:
+                self.training(lr, seed=0)
+            except ValueError as error:  # which calls it lr
+                raise ValueError(re.sub("^lr is", "lrs has", str(error))) from None
 
     @property
     def design_names(self) -> list[str]:
