@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -149,6 +150,18 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="another epochs"):
         compare(replace(config, epochs=3.0))
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_a_start_that_could_not_write_leaves_nothing_that_the_next_one_minds(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = CompareConfig(**{**SMALL, "designs": "softmax", "seeds": 1}, out=str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr("formix.comparison.runner.write_atomically", full)
+        with pytest.raises(OSError, match="No space"):
+            compare(config)
+    assert len(compare(config).runs) == 1
 
 
 def test_one_comparison_at_a_time_has_a_directory(tmp_path):

@@ -272,7 +272,6 @@ def _claimed(out: Path, config: CompareConfig, data: Data) -> Iterator[None]:
             "choose another --out."
         ) from None
     try:
-        (out / "runs").mkdir(exist_ok=True)
         write_atomically(path, json.dumps(mine, indent=2) + "\n")
         yield
     finally:
