@@ -60,6 +60,16 @@ def test_studies_and_flags_are_one_configuration_and_several_studies_share_a_rep
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_studies_whose_directories_are_relative_and_absolute_share_a_report(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, out in (("first", "runs"), ("second", tmp_path / "there")):
+        (tmp_path / f"{name}.yaml").write_text(f"data: digits\nout: {out}\n")
+    studies = [str(tmp_path / f"{name}.yaml") for name in ("first", "second")]
+    assert main(["compare", *studies, *SMALL, "--designs=softmax"]) == 0
+    assert (tmp_path / "report.html").is_file()
+
+
 def test_flags_may_be_apart_from_their_values(tmp_path):
     (tmp_path / "study.yaml").write_text("data: digits\nseeds: 3\n")
     flags = [part for flag in SMALL if not flag.startswith("--data") for part in flag.split("=", 1)]
@@ -73,7 +83,7 @@ def test_report_makes_the_page_and_the_table_again(tmp_path, capsys):
     assert main(["report", results, f"--out={tmp_path / 'again.html'}"]) == 0
     assert (tmp_path / "again.html").read_text() == (tmp_path / "out" / "report.html").read_text()
     capsys.readouterr()
-    assert main(["report", results, "--markdown"]) == 0
+    assert main(["report", str(tmp_path / "out"), "--markdown"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert sum("relu" in row.split("|")[1] for row in rows if row.startswith("| ")) == 1
     assert main(["report", results, results, "--joint"]) == 0

@@ -35,7 +35,7 @@ def compare(arguments: list[str]) -> int:
         print_table(result, console)
         console.print(f"Report: {report}", soft_wrap=True)
     if len(results) > 1:
-        joint = Path(os.path.commonpath([config.out for config in configs])) / "report.html"
+        joint = Path(os.path.commonpath([os.path.abspath(config.out) for config in configs])) / "report.html"
         write_report(results, joint)
         console.print(f"Report of all: {joint}", soft_wrap=True)
     return 0
