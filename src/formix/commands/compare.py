@@ -23,10 +23,10 @@ def compare(arguments: list[str]) -> int:
     from formix.comparison import print_table, write_report
 
     configs = _configs(arguments)
-    console = Console(stderr=False)
+    console = Console(markup=False)  # brackets in a path are no style
     results = []
     for config in configs:
-        console.print(f"[bold]{config.data}[/bold]: {', '.join(config.design_names)}")
+        console.print(f"{config.data}: {', '.join(config.design_names)}", style="bold")
         with _display() as show:
             result = run(config, show)
         results.append(result)
@@ -70,7 +70,7 @@ def _display() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Bar(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("starting", total=None)
 

@@ -26,5 +26,5 @@ def report(arguments: list[str]) -> int:
         print("\n\n".join(markdown_table(result) for result in results))
         return 0
     write_report(results, out)
-    Console().print(f"Report: {out}", soft_wrap=True)
+    Console(markup=False).print(f"Report: {out}", soft_wrap=True)
     return 0
