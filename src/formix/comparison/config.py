@@ -30,7 +30,7 @@ class CompareConfig(DataConfig):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the processor has it
     evaluations: int = 5  # points of the learning curve
 
-    model: str | None = None  # a timm, GPT-2 or BERT name; None: a small one that fits the data
+    model: str | None = None  # a timm or text model's name, or a directory with weights; None: a small one that fits
     model_args: dict[str, Any] = field(default_factory=dict)  # its arguments: {embed_dim: 64, depth: 4}
 
     latency: bool = True  # measure inference time at batch 1 and 32 in float32 and bfloat16
