@@ -179,7 +179,7 @@ def interval(difference: Difference, decimals: int) -> str:
     """`+0.004 [−0.006, +0.014]`."""
     text = signed(difference.mean, decimals)
     if difference.low is None or difference.high is None:
-        return f"{text} (one seed, no interval)"
+        return f"{text} ({'one seed' if difference.seeds == 1 else 'the same in all seeds'}, no interval)"
     return f"{text} [{signed(difference.low, decimals)}, {signed(difference.high, decimals)}]"
 
 
