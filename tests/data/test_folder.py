@@ -169,6 +169,10 @@ def test_more_than_fits_is_decoded_when_read(tmp_path, monkeypatch, kind):
     assert torch.equal(a["pixel_values"], b["pixel_values"])
     loader = torch.utils.data.DataLoader(read.test, batch_size=7, num_workers=2, collate_fn=lambda batch: batch)
     assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), b["pixel_values"])
+    assert load_data(name).provenance["sha256"] == read.provenance["sha256"]
+    if kind == "folder":  # another picture is other data, though its pixels are not read for the hash
+        (root / "train" / "cat" / "03.png").rename(root / "train" / "cat" / "030.png")
+        assert load_data(name).provenance["sha256"] != read.provenance["sha256"]
 
 
 def test_links_in_a_tar_are_the_images_they_lead_to(tmp_path, caplog):

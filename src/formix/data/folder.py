@@ -192,8 +192,11 @@ def encoded_image_data(
     if size != common:
         assert isinstance(data.train, ImageDataset)
         data.train.uncut = ListedImages(files["train"], size)
-    if any(skipped.values()):  # pixels that are not in memory are not in the hash
-        data.provenance["sha256"] = hashlib.sha256(f"{data.provenance['sha256']} {skipped}".encode()).hexdigest()
+    names = [] if in_memory else [file.name for file in everything]
+    left_out = {split: skipped[split] for split in skipped if skipped[split]}
+    if names or left_out:  # pixels that are not in memory are not in the hash
+        content = f"{data.provenance['sha256']} {left_out} {names}"
+        data.provenance["sha256"] = hashlib.sha256(content.encode()).hexdigest()
     return data
 
 
