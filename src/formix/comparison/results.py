@@ -81,7 +81,7 @@ class RunRecord:
         default_factory=dict
     )  # precision -> batch size -> ms per batch
     peak_memory_bytes: int | None = None  # peak memory of a training step; of sentences, with the longest
-    notes: tuple[str, ...] = ()  # why a value is null, in words
+    notes: tuple[str, ...] = ()  # which metric is null because it is no number, in words
     config_hash: str = ""  # of everything that determines this run; equal hash, equal run
 
     def __post_init__(self) -> None:
@@ -95,6 +95,8 @@ class RunRecord:
         for name in ("validation", "test"):  # a metric that is undefined (NaN) counts as not measured
             if (value := getattr(self, name)) is not None and not math.isfinite(value):
                 object.__setattr__(self, name, None)
+                note = f"{self.design} with seed {self.seed} and learning rate {self.lr:g}: {name} came out as {value}"
+                object.__setattr__(self, "notes", (*self.notes, note))
 
 
 @dataclass(frozen=True, kw_only=True)
