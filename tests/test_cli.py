@@ -43,11 +43,12 @@ def test_data_and_implementations_list_what_there_is(capsys):
 
 
 def test_compare_prints_the_table_and_writes_the_report(tmp_path, capsys):
-    assert main(["compare", "--data=digits", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
+    out = tmp_path / "out [b]"  # which is no style of the terminal's
+    assert main(["compare", "--data=digits", *SMALL, f"--out={out}"]) == 0
     printed = capsys.readouterr().out
     assert "relu" in printed
-    assert "report.html" in printed
-    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"Report: {out / 'report.html'}" in printed
+    page = (out / "report.html").read_text()
     assert "relu" in page
     assert "softmax" in page
 
@@ -64,13 +65,30 @@ def test_studies_and_flags_are_one_configuration_and_several_studies_share_a_rep
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_studies_whose_directories_are_relative_and_absolute_share_a_report(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, out in (("first", "runs"), ("second", tmp_path / "there")):
+        (tmp_path / f"{name}.yaml").write_text(f"data: digits\nout: {out}\n")
+    studies = [str(tmp_path / f"{name}.yaml") for name in ("first", "second")]
+    assert main(["compare", *studies, *SMALL, "--designs=softmax"]) == 0
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_flags_may_be_apart_from_their_values(tmp_path):
+    (tmp_path / "study.yaml").write_text("data: digits\nseeds: 3\n")
+    flags = [part for flag in SMALL if not flag.startswith("--data") for part in flag.split("=", 1)]
+    assert main(["compare", "--config", str(tmp_path / "study.yaml"), *flags, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["data"] == "digits"
+
+
 def test_report_makes_the_page_and_the_table_again(tmp_path, capsys):
     assert main(["compare", "--data=digits", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
     results = str(tmp_path / "out" / "results.json")
     assert main(["report", results, f"--out={tmp_path / 'again.html'}"]) == 0
     assert (tmp_path / "again.html").read_text() == (tmp_path / "out" / "report.html").read_text()
     capsys.readouterr()
-    assert main(["report", results, "--markdown"]) == 0
+    assert main(["report", str(tmp_path / "out"), "--markdown"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert sum("relu" in row.split("|")[1] for row in rows if row.startswith("| ")) == 1
     assert main(["report", results, results, "--joint"]) == 0
@@ -137,7 +155,7 @@ WRONG = {
     "missing text": (["compare", "--data=text:{tmp}/none.txt"], "none.txt"),
     "missing task": (["compare", "--data=glue:{tmp}/SST-2"], "SST-2"),
     "negative epochs": (["compare", "--epochs=-3"], "epochs is -3"),
-    "absurd rate": (["compare", "--lrs=1e9"], "lr is 1000000000"),
+    "absurd rate": (["compare", "--lrs=1e9"], "lrs has 1000000000"),
     "word for a number": (["compare", "--seeds=many"], "seeds"),
     "no seeds": (["compare", "--seeds=0"], "seeds is 0"),
     "huge batch of none": (["compare", "--batch_size=0"], "batch_size is 0"),
@@ -145,6 +163,12 @@ WRONG = {
     "broken YAML": (["compare", "{tmp}/broken.yaml"], "broken.yaml"),
     "unknown key in YAML": (["compare", "{tmp}/unknown.yaml"], "/unknown.yaml: colour is no setting of formix compare"),
     "missing YAML": (["compare", "{tmp}/none.yaml"], "none.yaml is no file"),
+    "no YAML": (["compare", "digits"], "digits is no file; give a study's YAML"),
+    "design beside a study": (
+        ["compare", "{tmp}/study.yaml", "--designs=nope"],
+        "formix: designs: 'nope' is",
+    ),
+    "rate beside a study": (["compare", "{tmp}/study.yaml", "--lrs=0"], "formix: lrs has 0.0; it must be above 0"),
     "unknown model": (["compare", "--data=digits", "--model=vit_nope"], "vit_nope"),
     "model of another kind": (["compare", "--data=digits", "--model=resnet18"], "ResNet"),
     "model argument": (["compare", "--data=digits", '--model_args={"colour": 1}'], "colour"),
@@ -191,6 +215,7 @@ def wrong_files(tmp_path_factory):
     (tmp / "short.txt").write_text("too short")
     (tmp / "broken.yaml").write_text("data: [digits\n  designs: {")
     (tmp / "unknown.yaml").write_text("data: digits\ncolour: red\n")
+    (tmp / "study.yaml").write_text("data: digits\nlrs: 1e-3\n")
     (tmp / "twice.yaml").write_text("data: digits\nseeds: 1\nseeds: 2\n")
     (tmp / "null.yaml").write_text("data: digits\nseeds: null\n")
     (tmp / "list.yaml").write_text("- digits\n- softmax\n")

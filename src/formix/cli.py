@@ -40,7 +40,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 # of the verbs whose arguments are no dataclass
 USAGE = {
-    "report": "RESULTS.json ... [--out=report.html] [--markdown | --joint]",
+    "report": "DIR|RESULTS.json ... [--out=report.html] [--markdown | --joint]",
     "designs": "[DESIGN ...]",
     "data": "",
     "implementations": "",

@@ -29,7 +29,7 @@ def test_without_a_budget_there_are_ten_epochs_and_with_seconds_none():
         ({"seeds": 0}, "seeds is 0"),
         ({"lrs": "fast"}, "'fast'"),
         ({"lrs": "1e-3,1e-3"}, "different numbers"),
-        ({"lrs": "-1e-3"}, "lr is -0.001"),
+        ({"lrs": "-1e-3"}, "lrs has -0.001"),
         ({"epochs": 1.0, "seconds": 1.0}, "exactly one budget"),
         ({"batch_size": -4}, "batch_size is -4"),
         ({"threads": 0}, "threads is 0"),

@@ -118,7 +118,7 @@ def test_finding_when_the_interval_excludes_zero(images):
 
 
 def test_finding_when_the_baseline_is_best(images):
-    sentence = finding_of(with_tests(images, softmax=[0.90, 0.92, 0.91], relu=[0.5, 0.52, 0.51], paf=[0.91, 0.9, 0.9]))
+    sentence = finding_of(with_tests(images, softmax=[0.90, 0.92, 0.91], relu=[0.5, 0.53, 0.51], paf=[0.91, 0.9, 0.9]))
     assert "softmax has the highest" in sentence
     assert "excludes 0 for relu and includes 0 for paf, which these seeds do not separate from it" in sentence
 
@@ -134,8 +134,10 @@ def test_finding_with_a_metric_that_should_be_low(text):
         ({"softmax": [0.8], "relu": [0.9]}, "one seed gives no interval for its difference to softmax (+0.100)"),
         ({"softmax": [0.9], "relu": [0.8]}, "one seed gives no intervals"),
         ({"softmax": [0.9, 0.8]}, "no other design finished a run"),
+        ({"softmax": [0.8, 0.7], "relu": [0.9, 0.8]}, "one and the same value in all seeds gives no interval for its"),
+        ({"softmax": [0.9, 0.8], "relu": [0.8, 0.7]}, "one and the same difference in all seeds gives no intervals"),
     ],
-    ids=["one seed", "one seed, baseline best", "one design"],
+    ids=["one seed", "one seed, baseline best", "one design", "same difference", "same difference, baseline best"],
 )
 def test_finding_with_too_little(tests, expected, images):
     assert expected in finding_of(with_tests(images, **tests))

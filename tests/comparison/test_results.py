@@ -39,6 +39,7 @@ def test_numbers_that_are_not_finite_become_null(images, tmp_path):
         curve=(dataclasses.replace(images.runs[0].curve[0], train_loss=math.inf),),
     )
     assert run.validation is None
+    assert run.notes[-1] == f"softmax with seed {run.seed} and learning rate {run.lr:g}: validation came out as nan"
     write_run(run, tmp_path / "run.json")
     assert "NaN" not in (tmp_path / "run.json").read_text()
     assert read_run(tmp_path / "run.json").curve[0].train_loss is None

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from formix.comparison import CompareConfig, compare, read_results
 from formix.data.glue import train_wordpiece
 from formix.environment import capture_environment
+from formix.training.job import LOCK
 
 SMALL = {
     "data": "digits",
@@ -147,6 +150,27 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="another epochs"):
         compare(replace(config, epochs=3.0))
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_a_start_that_could_not_write_leaves_nothing_that_the_next_one_minds(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = CompareConfig(**{**SMALL, "designs": "softmax", "seeds": 1}, out=str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr("formix.comparison.runner.write_atomically", full)
+        with pytest.raises(OSError, match="No space"):
+            compare(config)
+    assert len(compare(config).runs) == 1
+
+
+def test_one_comparison_at_a_time_has_a_directory(tmp_path):
+    config = CompareConfig(**{**SMALL, "designs": "softmax", "seeds": 1}, out=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / LOCK), pytest.raises(ValueError, match="another formix compare is under way"):
+        compare(config)
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.name != LOCK] == []
+    assert len(compare(config).runs) == 1
 
 
 def test_a_directory_of_other_data_under_the_same_name_is_refused(tmp_path):

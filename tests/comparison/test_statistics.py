@@ -62,6 +62,13 @@ def test_one_seed_gives_no_interval():
     assert (found.seeds, found.low, found.high, found.includes_zero) == (1, None, None, None)
 
 
+@pytest.mark.parametrize("theirs", [[0.7, 0.8, 0.4], [0.8, 0.9, 0.5]], ids=["better", "equal"])
+def test_one_and_the_same_difference_gives_no_interval(theirs):
+    found = paired_difference(runs("relu", [0.8, 0.9, 0.5]), runs("softmax", theirs))
+    assert found.mean == pytest.approx(0.8 - theirs[0])
+    assert (found.low, found.high, found.includes_zero) == (None, None, None)
+
+
 def test_no_common_seed_gives_no_difference():
     assert paired_difference(runs("relu", [0.9, None]), runs("softmax", [None, 0.8])) is None
 

@@ -1,5 +1,6 @@
 """Folders and tars of images."""
 
+import os
 import tarfile
 
 import numpy as np
@@ -50,6 +51,44 @@ def test_train_val_and_test_are_what_they_say(tmp_path):
     draw(tmp_path / "val" / "cat" / "more.png", 5)
     data = load_data(f"folder:{tmp_path}")
     assert (len(data.train), len(data.validation), len(data.test)) == (30, 31, 30)
+
+
+@pytest.mark.parametrize("kind", ["folder", "stream"])
+@pytest.mark.parametrize(
+    ("train", "held", "spelled"),
+    [("Train", "Val", "Test"), ("training", "validation", "testing"), ("train", "valid", "test")],
+)
+def test_splits_are_known_by_their_usual_names(tmp_path, monkeypatch, kind, train, held, spelled):
+    monkeypatch.setenv("FORMIX_CACHE", str(tmp_path / "cache"))
+    tree(tmp_path / "three", train, held, spelled)
+    data = load_data(f"{kind}:{tmp_path / 'three'}")
+    assert (len(data.train), len(data.validation), len(data.test)) == (30, 30, 30)
+    assert data.class_names == ("bird", "cat", "dog")
+    tree(tmp_path / "two", train, held, each=20)
+    data = load_data(f"{kind}:{tmp_path / 'two'}", validation_fraction=0.3)
+    assert (len(data.train) + len(data.validation), len(data.test)) == (60, 60)
+    (tmp_path / "two" / held.upper()).mkdir()
+    draw(tmp_path / "two" / held.upper() / "cat" / "0.png", 1)
+    with pytest.raises(ValueError, match=f"has the folders {held.upper()} and {held} for validation; keep one"):
+        load_data(f"{kind}:{tmp_path / 'two'}")
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    draw(tree(tmp_path, "") / ".thumbnails" / "0.png", 1)
+    draw(tmp_path / "cat" / ".thumbnails" / "0.png", 1)
+    data = load_data(f"folder:{tmp_path}")
+    assert data.class_names == ("bird", "cat", "dog")
+    assert sum(data.provenance["counts"].values()) == 30
+
+
+@pytest.mark.parametrize(
+    ("splits", "stray", "what"),
+    [(("",), "0.png", "in no class"), (("train", "val"), "more/cat/0.png", "in no class of a split")],
+)
+def test_images_outside_of_the_classes_are_said_to_be_passed_over(tmp_path, caplog, splits, stray, what):
+    draw(tree(tmp_path, *splits) / stray, 1)
+    load_data(f"folder:{tmp_path}")
+    assert f"passed over in {tmp_path}: 1 images {what}, such as {stray}" in caplog.text
 
 
 LEVELS = np.arange(0, 2**16, 257, dtype=np.uint16).reshape(16, 16)  # 16 bits; those of 8 are 0 to 255
@@ -130,6 +169,23 @@ def test_more_than_fits_is_decoded_when_read(tmp_path, monkeypatch, kind):
     assert torch.equal(a["pixel_values"], b["pixel_values"])
     loader = torch.utils.data.DataLoader(read.test, batch_size=7, num_workers=2, collate_fn=lambda batch: batch)
     assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), b["pixel_values"])
+    assert load_data(name).provenance["sha256"] == read.provenance["sha256"]
+    if kind == "folder":  # another picture is other data, though its pixels are not read for the hash
+        (root / "train" / "cat" / "03.png").rename(root / "train" / "cat" / "030.png")
+        assert load_data(name).provenance["sha256"] != read.provenance["sha256"]
+
+
+def test_links_in_a_tar_are_the_images_they_lead_to(tmp_path, caplog):
+    root = tree(tmp_path / "pets", "")
+    os.link(root / "cat" / "00.png", root / "cat" / "hard.png")
+    (root / "dog" / "soft.png").symlink_to("../cat/01.png")
+    whole = load_data(f"folder:{root}")
+    packed = load_data(f"folder:{pack(root, tmp_path / 'pets.tar')}")
+    assert sum(packed.provenance["counts"].values()) == 32
+    assert packed.provenance["sha256"] == whole.provenance["sha256"]
+    (root / "dog" / "lost.png").symlink_to("nowhere.png")
+    load_data(f"folder:{pack(root, tmp_path / 'pets.tar')}")
+    assert "1 links to what it does not hold, such as pets/dog/lost.png" in caplog.text
 
 
 def test_tiny_imagenet(shared):
@@ -191,7 +247,7 @@ def test_paths_without_a_tree_of_images_say_what_is_needed(tmp_path):
         "empty": "empty' holds no images",
         "loose": "has images but no classes; put the images of each class in a folder",
         "single": "has one class only, 'cat'",
-        "rare": r"has a class with too few samples to divide \(1 left\)",
+        "rare": r"has the class 'dog' with too few samples to divide \(1 left\)",
         "notes.txt": "is neither a folder nor an uncompressed .tar",
         str(pack(tree(tmp_path / "pets", "train"), tmp_path / "pets.tar.gz", "w:gz")): "nor an uncompressed .tar",
     }.items():

@@ -142,6 +142,11 @@ def test_a_tokenizer_without_padding_or_token_types(tmp_path):
     assert batch["token_type_ids"].sum() == 0
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    data = load_data(write_task(tmp_path, "SST-2", "\ufeff" + sst2(20), sst2(10)))
+    assert len(data.train) == 18
+
+
 def test_wrong_files_say_what_is_needed(tmp_path):
     good = sst2(20)
     for number, (task, train, dev, options, sentence) in enumerate(
@@ -161,8 +166,9 @@ def test_wrong_files_say_what_is_needed(tmp_path):
                 "sentence1\tsentence2\tscore\na\tb\tfive\n",
                 "",
                 {},
-                "Line 2 of .* has the label 'five'; needed: a number",
+                "Line 2 of .* has the label 'five'; needed: a finite number",
             ),
+            ("STS-B", "sentence1\tsentence2\tscore\na\tb\tnan\n", "", {}, "Line 2 of .* has the label 'nan'"),
         ]
     ):
         name = write_task(tmp_path / str(number), task, train, dev)

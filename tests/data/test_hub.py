@@ -45,6 +45,34 @@ def test_text(offline, tmp_path):
     assert data.provenance["bytes"] == {"train": 990, "validation": 110, "test": 1200}
 
 
+def test_what_was_saved_to_disk(offline, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    words = Dataset.from_dict({"text": ["some words"] * 100})
+    words.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": words, "test": words}).save_to_disk(tmp_path / "two")
+    assert load_data(f"hf:{tmp_path / 'one'}", sequence_length=16).provenance["bytes"]["train"] == 880
+    assert load_data(f"hf:{tmp_path / 'two'}", sequence_length=16).provenance["bytes"]["test"] == 1100
+
+
+def test_empty_cells_are_empty_lines(offline, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "word"}\n{"text": null}\n' * 100)
+    data = load_data(f"hf:{tmp_path}", sequence_length=16)
+    assert sum(data.provenance["bytes"].values()) == 600
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_images_without_labels_are_not_trained_on(offline, tmp_path, missing):
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageColumn
+
+    features = Features({"image": ImageColumn(), "label": ClassLabel(names=["cat", "dog"])})
+    pictures = [Image.fromarray(np.full((6, 8, 3), i, dtype=np.uint8)) for i in range(4)]
+    Dataset.from_dict({"image": pictures, "label": [0, 1, missing, 0]}, features).save_to_disk(tmp_path / "pets")
+    with pytest.raises(ValueError, match="rows for training whose label is missing"):
+        load_data(f"hf:{tmp_path / 'pets'}")
+
+
 def test_other_columns_and_names_say_what_was_found(offline, tmp_path):
     (tmp_path / "train.csv").write_text("height,weight\n" + "1,2\n" * 5)
     with pytest.raises(ValueError, match=r"has the columns height \(Value\), weight \(Value\); needed are an Image"):

@@ -1,6 +1,7 @@
 """digits, Fashion-MNIST and CIFAR."""
 
 import gzip
+import struct
 from itertools import chain
 from urllib.error import URLError
 
@@ -112,6 +113,23 @@ def test_without_files_and_network_it_says_how_to_get_them(name, monkeypatch, tm
         ValueError, match=rf"'{name}' is not in .*datasets and its download failed.*connect to a network"
     ):
         load_data(name)
+
+
+@pytest.mark.parametrize("debian", [True, False])
+@pytest.mark.parametrize("content", [b"", struct.pack(">4I", 2051, 5, 28, 28) + bytes(20)], ids=["empty", "short"])
+def test_a_file_of_fashion_mnist_that_is_cut_short(content, debian, monkeypatch, tmp_path):
+    raw = tmp_path / "datasets" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (tmp_path / "debian").mkdir()
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(content)
+        (tmp_path / "debian" / f"{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path / ("debian" if debian else "absent"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(
+        ValueError, match="debian' is not what the Debian" if debian else "file .* is damaged.*; remove"
+    ):
+        load_data("fashion-mnist")
 
 
 def test_cifar_is_channels_first(monkeypatch):

@@ -100,6 +100,14 @@ def test_names_of_files_say_the_splits(tmp_path, with_validation):
     assert data.provenance["bytes"]["train"] == (500 if with_validation else 450)
 
 
+def test_validation_without_test_is_the_test_split(tmp_path):
+    write(tmp_path / "train.txt", "train" * 100)
+    write(tmp_path / "valid.txt", "VALID" * 100)
+    data = load_data(f"text:{tmp_path}", sequence_length=8)
+    assert set(bytes(stream(data.test))) == set(b"VALID")
+    assert data.provenance["bytes"] == {"train": 450, "validation": 50, "test": 500}
+
+
 def test_wikitext(shared):
     data = load_data(f"text:{shared / 'wikitext-2'}", limit=500_000)
     original = (shared / "wikitext-2" / "wiki.test.tokens").read_bytes()

@@ -19,7 +19,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero():
     ("wrong", "named"),
     [
         ({"epochs": None}, "budget"),
-        ({"epochs": 1.0, "seconds": 1.0}, "budget"),
+        ({"seconds": 1.0}, "epochs is 10.0 and seconds is 1.0; give exactly one budget, and null for"),
         ({"epochs": -1.0}, "epochs is -1"),
         ({"epochs": math.nan}, "epochs is nan"),
         ({"lr": 0.0}, "lr is 0"),

@@ -160,7 +160,7 @@ def _run(what: str, config: Any, command: str) -> int:
             records.write_atomically(out / "chart.html", chart)
         if what == "converted":
             refresh_summary(out.parent)
-        console.print(f"Results: {out}", soft_wrap=True)
+        console.print(f"Results: {out}", soft_wrap=True, markup=False)
     if before is not None:
         console.print(comparison_table(before, benchmark))
     return 0

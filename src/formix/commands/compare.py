@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from formix.commands.arguments import parse
+from formix.commands.arguments import parse, split_named
 
 if TYPE_CHECKING:
     from formix.comparison import CompareConfig, Progress
@@ -22,13 +22,11 @@ def compare(arguments: list[str]) -> int:
     from formix.comparison import compare as run
     from formix.comparison import print_table, write_report
 
-    studies = [a for a in arguments if not a.startswith("-") and a.endswith((".yaml", ".yml"))]
-    flags = [a for a in arguments if a not in studies]
-    configs = _configs(studies, flags)
-    console = Console(stderr=False)
+    configs = _configs(arguments)
+    console = Console(markup=False)  # brackets in a path are no style
     results = []
     for config in configs:
-        console.print(f"[bold]{config.data}[/bold]: {', '.join(config.design_names)}")
+        console.print(f"{config.data}: {', '.join(config.design_names)}", style="bold")
         with _display() as show:
             result = run(config, show)
         results.append(result)
@@ -37,21 +35,22 @@ def compare(arguments: list[str]) -> int:
         print_table(result, console)
         console.print(f"Report: {report}", soft_wrap=True)
     if len(results) > 1:
-        joint = Path(os.path.commonpath([config.out for config in configs])) / "report.html"
+        joint = Path(os.path.commonpath([os.path.abspath(config.out) for config in configs])) / "report.html"
         write_report(results, joint)
         console.print(f"Report of all: {joint}", soft_wrap=True)
     return 0
 
 
-def _configs(studies: list[str], flags: list[str]) -> list[CompareConfig]:
+def _configs(arguments: list[str]) -> list[CompareConfig]:
     """One configuration per study file, or one of the flags alone; flags override the files."""
     from formix.comparison import CompareConfig
 
+    studies, flags = split_named(CompareConfig, arguments)
     if not studies:
         return [parse(CompareConfig, "compare", flags)]
     configs = []
     for study in studies:
-        if not Path(study).is_file():
+        if not study.endswith((".yaml", ".yml")) or not Path(study).is_file():
             raise ValueError(f"{study} is no file; give a study's YAML.")
         config = parse(CompareConfig, "compare", ["--config", study, *flags])
         default = CompareConfig.__dataclass_fields__["out"].default
@@ -71,7 +70,7 @@ def _display() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Bar(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("starting", total=None)
 

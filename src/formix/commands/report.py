@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def report(arguments: list[str]) -> int:
-    """Make the report of results.json files again, or print their tables: --markdown each, --joint all in one."""
+    """Make the report of comparisons again, or print their tables: --markdown each, --joint all in one."""
     from rich.console import Console
 
     from formix.comparison import joint_markdown, markdown_table, read_results, write_report
@@ -14,8 +16,9 @@ def report(arguments: list[str]) -> int:
     out = next((a.removeprefix("--out=") for a in options if a.startswith("--out=")), "report.html")
     unknown = [a for a in options if a not in ("--markdown", "--joint") and not a.startswith("--out=")]
     if unknown or not paths:
-        raise ValueError("usage: formix report RESULTS.json ... [--out=report.html] [--markdown | --joint].")
-    results = [read_results(path) for path in paths]
+        raise ValueError("usage: formix report DIR|RESULTS.json ... [--out=report.html] [--markdown | --joint].")
+    files = [Path(path, "results.json") if Path(path).is_dir() else Path(path) for path in paths]
+    results = [read_results(file) for file in files]
     if "--joint" in options:
         print(joint_markdown(results))
         return 0
@@ -23,5 +26,5 @@ def report(arguments: list[str]) -> int:
         print("\n\n".join(markdown_table(result) for result in results))
         return 0
     write_report(results, out)
-    Console().print(f"Report: {out}", soft_wrap=True)
+    Console(markup=False).print(f"Report: {out}", soft_wrap=True)
     return 0

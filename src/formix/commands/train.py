@@ -104,7 +104,7 @@ def train(arguments: list[str]) -> int:
             record = {"metric": data.metric, "validation": result.validation, "test": test, "chance": data.chance}
             skipped = data.provenance.get("skipped", {})
             out.finish(latest, {**record, "seconds": result.seconds, "samples": result.samples, "skipped": skipped})
-            console = Console()
+            console = Console(markup=False)
             console.print(
                 f"{data.metric}: validation {result.validation:.4f}, test {test:.4f}, chance {data.chance:.4f}"
             )

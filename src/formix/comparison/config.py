@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ class CompareConfig(DataConfig):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where the processor has it
     evaluations: int = 5  # points of the learning curve
 
-    model: str | None = None  # a timm, GPT-2 or BERT name; None: a small one that fits the data
+    model: str | None = None  # a timm or text model's name, or a directory with weights; None: a small one that fits
     model_args: dict[str, Any] = field(default_factory=dict)  # its arguments: {embed_dim: 64, depth: 4}
 
     latency: bool = True  # measure inference time at batch 1 and 32 in float32 and bfloat16
@@ -53,9 +54,15 @@ class CompareConfig(DataConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"designs is {self.designs!r}; a design is named twice.")
         for name in names:
-            design(name)
+            try:
+                design(name)
+            except ValueError as error:
+                raise ValueError(f"designs: {error}") from None
         for lr in self.learning_rates:
-            self.training(lr, seed=0)
+            try:
+                self.training(lr, seed=0)
+            except ValueError as error:  # which calls it lr
+                raise ValueError(re.sub("^lr is", "lrs has", str(error))) from None
 
     @property
     def design_names(self) -> list[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from formix.benchmarks import count_flops, interleaved_medians
-from formix.data import Batch, Data, collate
+from formix.data import Batch, Data
 from formix.training import forward, peak_step_memory
 from formix.training.tasks import MODEL_INPUTS
 
@@ -18,14 +17,19 @@ LATENCY_BATCHES = (1, 32)
 LATENCY_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def first_batch(data: Data, size: int) -> Batch:
-    """The first `size` training samples."""
-    return next(iter(DataLoader(data.train, batch_size=size, collate_fn=collate)))
+def sample_batch(data: Data, size: int, *, longest: bool = False) -> Batch:
+    """`size` training samples, again from the beginning where there are fewer: the first ones or, of sentences, those
+    whose length is nearest to the mean, or the longest."""
+    lengths = getattr(data.train, "lengths", None)
+    order: Sequence[int] = range(len(data.train))
+    if lengths is not None:
+        order = (-lengths if longest else (lengths - lengths.double().mean()).abs()).argsort(stable=True).tolist()
+    return data.train.__getitems__([order[i % len(order)] for i in range(size)])
 
 
 def flops_per_item(model: nn.Module, data: Data) -> int:
     """Forward operations for one image or one sequence."""
-    sample = first_batch(data, 1)
+    sample = sample_batch(data, 1)
     if "pixel_values" in sample:
         return count_flops(model, sample["pixel_values"])
     return count_flops(model, {k: sample[k] for k in MODEL_INPUTS if k in sample})
@@ -33,7 +37,8 @@ def flops_per_item(model: nn.Module, data: Data) -> int:
 
 def step_memory(model: nn.Module, data: Data, batch_size: int, precision: str) -> int:
     """Bytes alive at the worst moment of a training step."""
-    return peak_step_memory(model, data, first_batch(data, batch_size), precision)
+    size = min(batch_size, len(data.train))
+    return peak_step_memory(model, data, sample_batch(data, size, longest=True), precision)
 
 
 def latencies(models: dict[str, nn.Module], data: Data) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -45,7 +50,7 @@ def latencies(models: dict[str, nn.Module], data: Data) -> dict[str, dict[str, d
     for dtype in LATENCY_DTYPES:
         typed = {name: model.eval().to(dtype) for name, model in models.items()}
         for size in LATENCY_BATCHES:
-            batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in first_batch(data, size).items()}
+            batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in sample_batch(data, size).items()}
             calls = {name: _call(model, batch) for name, model in typed.items()}
             for name, seconds in interleaved_medians(calls).items():
                 result[name].setdefault(str(dtype).removeprefix("torch."), {})[str(size)] = 1e3 * seconds

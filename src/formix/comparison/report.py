@@ -92,7 +92,8 @@ def finding(results: Results, summaries: Sequence[Summary] | None = None) -> str
         difference = best.difference
         if difference.includes_zero is None:
             gap = signed(difference.mean, decimals)
-            return f"{sentence}; one seed gives no interval for its difference to {baseline} ({gap})."
+            why = "one seed" if difference.seeds == 1 else "one and the same value in all seeds"
+            return f"{sentence}; {why} gives no interval for its difference to {baseline} ({gap})."
         text = f"{sentence}; its difference to {baseline}, {interval(difference, decimals)}, "
         if difference.includes_zero:
             return (
@@ -103,7 +104,8 @@ def finding(results: Results, summaries: Sequence[Summary] | None = None) -> str
     unclear = _names([s.design for s in others if s.difference and s.difference.includes_zero])
     worse = _names([s.design for s in others if s.difference and s.difference.includes_zero is False])
     if not unclear and not worse:
-        return f"{sentence}; one seed gives no intervals, so the order of the designs is uncertain."
+        why = "one seed" if best.seeds == 1 else "one and the same difference in all seeds"
+        return f"{sentence}; {why} gives no intervals, so the order of the designs is uncertain."
     clauses = []
     if worse:
         clauses.append(f"excludes 0 for {worse}")

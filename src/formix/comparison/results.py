@@ -74,14 +74,14 @@ class RunRecord:
     test: float | None = None  # metric on the test split; null unless selected
     curve: tuple[CurvePoint, ...] = ()  # evaluations in order
     parameters: int | None = None  # trainable parameters
-    flops: int | None = None  # FLOPs of one item's forward pass
+    flops: int | None = None  # FLOPs of one item's forward pass; of sentences, one of the mean length
     train_items_per_second: float | None = None  # training throughput
     train_seconds: float | None = None  # training time, evaluation not counted
     latency_ms: dict[str, dict[str, float | None]] = field(
         default_factory=dict
     )  # precision -> batch size -> ms per batch
-    peak_memory_bytes: int | None = None  # peak memory of training
-    notes: tuple[str, ...] = ()  # why a value is null, in words
+    peak_memory_bytes: int | None = None  # peak memory of a training step; of sentences, with the longest
+    notes: tuple[str, ...] = ()  # which metric is null because it is no number, in words
     config_hash: str = ""  # of everything that determines this run; equal hash, equal run
 
     def __post_init__(self) -> None:
@@ -95,6 +95,8 @@ class RunRecord:
         for name in ("validation", "test"):  # a metric that is undefined (NaN) counts as not measured
             if (value := getattr(self, name)) is not None and not math.isfinite(value):
                 object.__setattr__(self, name, None)
+                note = f"{self.design} with seed {self.seed} and learning rate {self.lr:g}: {name} came out as {value}"
+                object.__setattr__(self, "notes", (*self.notes, note))
 
 
 @dataclass(frozen=True, kw_only=True)

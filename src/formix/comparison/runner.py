@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
 
 from formix.comparison.config import CompareConfig
 from formix.comparison.measure import flops_per_item, latencies, step_memory
@@ -37,6 +40,7 @@ from formix.design import design as find_design
 from formix.environment import capture_environment
 from formix.records import write_atomically
 from formix.training import Objective, Step, evaluate, task_objective, train
+from formix.training.job import LOCK
 
 _log = logging.getLogger("formix")
 
@@ -66,7 +70,19 @@ def compare(config: CompareConfig, on_progress: Callable[[Progress], None] | Non
     data = config.load_data()
     objective = task_objective(data, config.label_smoothing)
     designs = _check_designs(config, data)
-    _claim(out, config, data)
+    with _claimed(out, config, data):
+        return _compare(config, data, objective, designs, out, on_progress)
+
+
+def _compare(
+    config: CompareConfig,
+    data: Data,
+    objective: Objective,
+    designs: Sequence[DesignRecord],
+    out: Path,
+    on_progress: Callable[[Progress], None] | None,
+) -> Results:
+    """`compare` in a directory that is its own."""
     able = [record.design for record in designs if record.refused is None]
     total = _count(config, able)
     job = _Job(config=config, data=data, objective=objective, out=out, total=total, on_progress=on_progress)
@@ -123,7 +139,8 @@ class _Job:
         training = self.config.training(lr, seed)
         set_seed(seed)
         model = build_model(self.data, self.config.model, self.config.model_args, name)
-        memory = step_memory(model, self.data, self.config.batch_size // self.config.accumulation, training.precision)
+        part = math.ceil(self.config.batch_size / self.config.accumulation)
+        memory = step_memory(model, self.data, part, training.precision)
         flops = flops_per_item(model, self.data)
         label = f"{name}, seed {seed}, lr {lr:g}"
         report = None
@@ -228,8 +245,9 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _claim(out: Path, config: CompareConfig, data: Data) -> None:
-    """Mark the directory as this comparison's, or refuse one that is another's."""
+@contextlib.contextmanager
+def _claimed(out: Path, config: CompareConfig, data: Data) -> Iterator[None]:
+    """The directory is this comparison's, and this process's until the end; one that is another's is refused."""
     defining = _defining(config) | {f"contents of {config.contents}": data.provenance.get("sha256")}
     path, mine = out / "config.json", {"defining": defining, "config": dataclasses.asdict(config)}
     if path.is_file():
@@ -242,7 +260,19 @@ def _claim(out: Path, config: CompareConfig, data: Data) -> None:
             raise ValueError(
                 f"{out} holds a comparison with another {', '.join(changed)}; remove it or choose another --out."
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(p.name != LOCK for p in out.iterdir())):
         raise ValueError(f"{out} exists and is no comparison of formix's; choose another directory with --out.")
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(mine, indent=2) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another formix compare is under way in {out}, and two would spoil each other's times; wait for it, or "
+            "choose another --out."
+        ) from None
+    try:
+        write_atomically(path, json.dumps(mine, indent=2) + "\n")
+        yield
+    finally:
+        lock.release()

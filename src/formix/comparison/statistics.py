@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from formix.comparison.results import Results, RunRecord, latency_settings
 
+ROUNDING = 1e-12  # deviation below which differences are the same
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -17,7 +19,9 @@ class Difference:
     baseline: str  # the design compared with
     seeds: int  # number of common seeds
     mean: float  # mean of the differences
-    low: float | None  # 95 % Student-t interval; None with one seed, which says nothing about spread
+    # 95 % Student-t interval; None with one seed, or one and the same difference in all of them (of a small test split
+    # not rare), which say nothing about spread
+    low: float | None
     high: float | None
 
     @property
@@ -81,7 +85,10 @@ def mean_and_deviation(values: Iterable[float | None]) -> tuple[float | None, fl
 
 
 def paired_difference(design: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> Difference | None:
-    """Difference of the test metric over common seeds with its 95 % interval, mean ± t(0.975, n-1) s / sqrt(n)."""
+    """Difference of the test metric over common seeds with its 95 % interval, mean ± t(0.975, n-1) s / sqrt(n).
+
+    There is no interval where s is 0, up to rounding.
+    """
     ours = {run.seed: run.test for run in design if run.test is not None}
     theirs = {run.seed: run.test for run in baseline if run.test is not None}
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
@@ -89,7 +96,7 @@ def paired_difference(design: Sequence[RunRecord], baseline: Sequence[RunRecord]
     if mean is None:
         return None
     low = high = None
-    if deviation is not None:
+    if deviation is not None and deviation > ROUNDING:
         from scipy.stats import t
 
         n = len(differences)

@@ -113,7 +113,7 @@ def print_table(results: Results, console: Console) -> None:
 
     while len(shown) > 1 and names + 4 + sum(_narrowest(column) + 3 for column in shown) > console.width:
         shown.remove(max(shown, key=lambda column: column.priority))
-    table = Table(title=title(results.task), title_style="bold", title_justify="left", header_style="bold")
+    table = Table(title=Text(title(results.task), style="bold"), title_justify="left", header_style="bold")
     table.add_column("Design", no_wrap=True, vertical="bottom")
     for column in shown:
         lines = [column.group, column.header, column.unit]
@@ -179,7 +179,7 @@ def interval(difference: Difference, decimals: int) -> str:
     """`+0.004 [−0.006, +0.014]`."""
     text = signed(difference.mean, decimals)
     if difference.low is None or difference.high is None:
-        return f"{text} (one seed, no interval)"
+        return f"{text} ({'one seed' if difference.seeds == 1 else 'the same in all seeds'}, no interval)"
     return f"{text} [{signed(difference.low, decimals)}, {signed(difference.high, decimals)}]"
 
 

@@ -20,6 +20,12 @@ Task = Literal["image-classification", "causal-lm", "masked-lm", "sequence-class
 Metric = Literal["accuracy", "bits_per_byte", "perplexity", "matthews_corrcoef", "spearman"]
 OnBadSample = Literal["refuse", "skip"]
 SPLITS = ("train", "validation", "test")
+# what folders, files and tables call them
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 class BatchDataset(Dataset[Batch]):
@@ -132,39 +138,49 @@ class Request:
         labels: np.ndarray | None,
         absent: Sequence[str],
         *,
+        classes: Sequence[str] | None = None,
         validation: float = 0.1,
         test: float = 0.1,
     ) -> dict[str, np.ndarray]:
         """Rows of `count` training samples for train and each `absent` split: disjoint, sorted, train cut to `limit`.
 
         Stratified if there are labels [count]; the fractions are the defaults, of all `count`. Raises ValueError where
-        a class has too few samples for every part.
+        a class, called by its name in `classes`, has too few samples for every part.
         """
         validation, test = self.fractions(validation=validation, test=test)
         rows = {"train": np.arange(count)}
         if "test" in absent:
-            rows["train"], rows["test"] = self._hold_out(rows["train"], labels, test)
+            rows["train"], rows["test"] = self._hold_out(rows["train"], labels, test, classes)
             validation /= 1 - test
         if "validation" in absent:
-            rows["train"], rows["validation"] = self._hold_out(rows["train"], labels, validation)
+            rows["train"], rows["validation"] = self._hold_out(rows["train"], labels, validation, classes)
         if self.limit is not None and self.limit < len(rows["train"]):  # a smaller limit takes a subset
             order = np.random.default_rng(self.seed).permutation(len(rows["train"]))
             rows["train"] = rows["train"][np.sort(order[: self.limit])]
         return rows
 
-    def _hold_out(self, rows: np.ndarray, labels: np.ndarray | None, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    def _hold_out(
+        self, rows: np.ndarray, labels: np.ndarray | None, fraction: float, classes: Sequence[str] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.model_selection import train_test_split
 
         strata = None if labels is None else labels[rows]
-        sizes = np.array([len(rows)]) if strata is None else np.unique(strata, return_counts=True)[1]
+        values, sizes = np.unique(np.zeros(len(rows), int) if strata is None else strata, return_counts=True)
         if sizes.min(initial=len(rows)) < 2:
+            rare = None if classes is None else classes[values[sizes.argmin()]]
             raise ValueError(
-                f"{self.name!r} has a class with too few samples to divide ({sizes.min(initial=len(rows))} left): it "
-                "takes 2 of each class to hold out one split and 3 for two; add samples or remove the class."
+                f"{self.name!r} has {'a class' if rare is None else f'the class {rare!r}'} with too few samples to "
+                f"divide ({sizes.min(initial=len(rows))} left): it takes 2 of each class to hold out one split and 3 "
+                "for two; add samples or remove the class."
             )
         held = min(max(round(fraction * len(rows)), len(sizes)), len(rows) - len(sizes))  # some of each class in both
         kept, out = train_test_split(rows, test_size=held, stratify=strata, random_state=self.seed)
         return np.sort(kept), np.sort(out)
+
+
+def split_of(folder: str) -> str | None:
+    """The split that a folder's name says, in capitals or not; None for any other name."""
+    return next((split for split, words in SPLIT_WORDS.items() if folder.lower() in words), None)
 
 
 def majority_accuracy(train_labels: Tensor, test_labels: Tensor) -> float:

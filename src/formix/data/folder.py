@@ -9,7 +9,7 @@ import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formix.data.base import SPLITS, Data, Request
+from formix.data.base import SPLITS, Data, Request, split_of
 from formix.data.images import ImageDataset, Pixels, image_data
 from formix.data.unreadable import count_skipped, readable, refuse_loss
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("formix")
 MEMORY_LIMIT = 2**30  # bytes of decoded pixels up to which images are kept; above, each is decoded when it is read
-NAMED_SPLITS = ("train", "val", "test")  # folders that are splits and no classes
 BY_CLASS = "a folder per class"  # and no splits
 DEFAULT_SIZE = 64  # side, where the images differ in size and no img_size is given
 
@@ -135,7 +134,7 @@ def load_folder(request: Request) -> Data:
     with_images = {path.parts[:depth] for path in tree}
     classes = {path.parts for path in folders if len(path.parts) == depth and not path.name.startswith(".")}
     for parts in sorted(classes - with_images):
-        if depth == 1 or parts[0] in NAMED_SPLITS:
+        if depth == 1 or split_of(parts[0]):
             raise empty_class(request.name, "/".join(parts))
     class_names = sorted({label for _, label in by_split["train"]})
     index = {label: i for i, label in enumerate(class_names)}
@@ -174,7 +173,7 @@ def encoded_image_data(
         files, labels, skipped = _readable_ones(request.name, files, labels, class_names)
         provenance["skipped"] = count_skipped(request.name, skipped)
     absent = [split for split in SPLITS if split not in files]
-    rows = request.divide(len(files["train"]), labels["train"], absent)
+    rows = request.divide(len(files["train"]), labels["train"], absent, classes=class_names)
     files = {split: [files["train"][i] for i in rows[split]] if split in rows else files[split] for split in SPLITS}
     labels = {split: labels["train"][rows[split]] if split in rows else labels[split] for split in SPLITS}
     everything = [file for split in SPLITS for file in files[split]]
@@ -193,8 +192,11 @@ def encoded_image_data(
     if size != common:
         assert isinstance(data.train, ImageDataset)
         data.train.uncut = ListedImages(files["train"], size)
-    if any(skipped.values()):  # pixels that are not in memory are not in the hash
-        data.provenance["sha256"] = hashlib.sha256(f"{data.provenance['sha256']} {skipped}".encode()).hexdigest()
+    names = [] if in_memory else [file.name for file in everything]
+    left_out = {split: skipped[split] for split in skipped if skipped[split]}
+    if names or left_out:  # pixels that are not in memory are not in the hash
+        content = f"{data.provenance['sha256']} {left_out} {names}"
+        data.provenance["sha256"] = hashlib.sha256(content.encode()).hexdigest()
     return data
 
 
@@ -218,12 +220,14 @@ def _readable_ones(
 def picture_tree(root: Path) -> tuple[dict[PurePosixPath, EncodedImage], set[PurePosixPath]]:
     """Every image below the root, a folder or a .tar, by its path from there, sorted, and every folder; those around
     the whole tree are passed over. ValueError if there is no image."""
+    from PIL import Image
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if not root.exists():
         raise ValueError(f"{str(root)!r} does not exist; give a folder, or a .tar, that holds a folder per class.")
     found: dict[PurePosixPath, EncodedImage] = {}
     folders: set[PurePosixPath] = set()
+    links: dict[PurePosixPath, PurePosixPath] = {}  # of a .tar, to what they lead to
     if root.is_dir():
         for folder, _, names in os.walk(root, followlinks=True):
             folders.add(PurePosixPath(Path(folder).relative_to(root)))
@@ -233,37 +237,41 @@ def picture_tree(root: Path) -> tuple[dict[PurePosixPath, EncodedImage], set[Pur
         try:
             with tarfile.open(root, "r:") as archive:
                 for member in archive:
+                    place = PurePosixPath(member.name)
                     if member.isdir():
-                        folders.add(PurePosixPath(member.name))
-                    if not member.isfile():
-                        continue
-                    read = partial(_read_part, root, member.offset_data, member.size)
-                    found[PurePosixPath(member.name)] = EncodedImage(f"{root}/{member.name}", read)
+                        folders.add(place)
+                    elif member.isfile():
+                        read = partial(_read_part, root, member.offset_data, member.size)
+                        found[place] = EncodedImage(f"{root}/{place}", read)
+                    elif member.islnk():
+                        links[place] = PurePosixPath(member.linkname)
+                    elif member.issym():
+                        links[place] = PurePosixPath(os.path.normpath(place.parent / member.linkname))
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{str(root)!r} is neither a folder nor an uncompressed .tar ({error}).") from error
-    images = {p: f for p, f in found.items() if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")}
+    for place, target in links.items():
+        if target in found:
+            found[place] = EncodedImage(f"{root}/{place}", found[target].read)
+    found = {p: f for p, f in found.items() if not any(part.startswith(".") for part in p.parts)}
+    images = {p: f for p, f in found.items() if p.suffix.lower() in IMG_EXTENSIONS}
     if not images:
         raise ValueError(f"{str(root)!r} holds no images ({', '.join(IMG_EXTENSIONS)}).")
-    _warn_of_others(root, [p for p in found if p not in images and not p.name.startswith(".")])
+    known = Image.registered_extensions()
+    others = [p for p in found if p not in images and p.suffix.lower() in known]
+    _pass_over(root, others, "of other formats", f"; folders are searched for {', '.join(IMG_EXTENSIONS)}")
+    _pass_over(root, [place for place in links if place not in found], "links to what it does not hold")
     while all(len(p.parts) > 2 for p in images) and len(tops := {p.parts[0] for p in images}) == 1:
-        if tops <= set(NAMED_SPLITS):
+        if split_of(*tops) and not all(split_of(p.parts[1]) for p in images):
             break
         folders = {PurePosixPath(*p.parts[1:]) for p in folders if p.parts[:1] == (*tops,)}
         images = {PurePosixPath(*p.parts[1:]): f for p, f in images.items()}
     return dict(sorted(images.items())), folders
 
 
-def _warn_of_others(root: Path, files: Sequence[PurePosixPath]) -> None:
-    """Say which pictures, by the ends of their names, are of formats that folders are not searched for."""
-    from PIL import Image
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    known = Image.registered_extensions()
-    if (others := sorted(p for p in files if p.suffix.lower() in known)) and os.environ.get("RANK", "0") == "0":
-        _log.warning(
-            "passed over in %s: %d of other formats, such as %s; folders are searched for %s",
-            root, len(others), others[0], ", ".join(IMG_EXTENSIONS),
-        )  # fmt: skip
+def _pass_over(root: str | Path, files: Sequence[PurePosixPath], what: str, more: str = "") -> None:
+    """Say that files are no part of the data, how many there are and what kind."""
+    if files and os.environ.get("RANK", "0") == "0":
+        _log.warning("passed over in %s: %d %s, such as %s%s", root, len(files), what, min(files), more)
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:
@@ -277,22 +285,42 @@ def _splits(
 ) -> tuple[dict[str, list[tuple[EncodedImage, str]]], str]:
     """(image, class) of the splits that the tree names, always train, and which they are in words."""
     named: dict[str, list[tuple[EncodedImage, str]]] = {}
-    for path, file in tree.items():
-        if path.parts[0] in NAMED_SPLITS and len(path.parts) > 2:
-            named.setdefault(path.parts[0], []).append((file, path.parts[1]))
-    if named and "train" not in named:
-        raise ValueError(f"{request.name!r} has {' and '.join(sorted(named))} but no train to learn from; add it.")
-    if "val" in named and "test" in named:
-        return {"train": named["train"], "validation": named["val"], "test": named["test"]}, "train, val, test as named"
-    for split in ("val", "test"):
-        if split in named:
-            return {"train": named["train"], "test": named[split]}, f"{split} is the test set"
-    if named:
-        return named, "train as named"
-    samples = [(file, path.parts[0]) for path, file in tree.items() if len(path.parts) > 1]
-    if not samples:
+    tops, how = named_splits(request.name, {path.parts[0] for path in tree if len(path.parts) > 2})
+    for split, top in tops.items():
+        named[split] = [(f, p.parts[1]) for p, f in tree.items() if p.parts[0] == top and len(p.parts) > 2]
+    if not named and (samples := [(file, path.parts[0]) for path, file in tree.items() if len(path.parts) > 1]):
+        named["train"] = samples
+    if not named:
         raise ValueError(f"{request.name!r} has images but no classes; put the images of each class in a folder.")
-    return {"train": samples}, BY_CLASS
+    depth = 2 if tops else 1
+    outside = [p for p in tree if len(p.parts) <= depth or (tops and p.parts[0] not in tops.values())]
+    _pass_over(request.argument, outside, "images in no class" + (" of a split" if tops else ""))
+    return named, how
+
+
+def named_splits(name: str, folders: Iterable[str]) -> tuple[dict[str, str], str]:
+    """The folder of each split, by the names of the folders below the root, and which these are in words.
+
+    One for validation or for test alone is the test split. There are none where no name says a split. ValueError if
+    two say the same, or none is for training.
+    """
+    tops: dict[str, str] = {}
+    for folder in sorted(folders):
+        if (split := split_of(folder)) is None:
+            continue
+        if split in tops:
+            raise ValueError(f"{name!r} has the folders {tops[split]} and {folder} for {split}; keep one.")
+        tops[split] = folder
+    if not tops:
+        return {}, BY_CLASS
+    if "train" not in tops:
+        raise ValueError(f"{name!r} has {' and '.join(sorted(tops.values()))} but no train to learn from; add it.")
+    if len(tops) == 3:
+        return {split: tops[split] for split in SPLITS}, f"{', '.join(tops[s] for s in SPLITS)} as named"
+    if len(tops) == 1:
+        return tops, f"{tops['train']} as named"
+    held = tops["validation" if "validation" in tops else "test"]
+    return {"train": tops["train"], "test": held}, f"{held} is the test set"
 
 
 def _common_size(files: Sequence[EncodedImage]) -> tuple[int, int] | None:

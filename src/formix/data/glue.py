@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def read_tsv(path: Path, task: Task) -> tuple[list[tuple[str, ...]], np.ndarray]
     """
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist; a GLUE task is a folder with train.tsv and dev.tsv.")
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         except (UnicodeDecodeError, csv.Error) as error:
@@ -168,14 +169,20 @@ def read_tsv(path: Path, task: Task) -> tuple[list[tuple[str, ...]], np.ndarray]
         if len(line) != len(header):
             raise ValueError(f"Line {number} of {str(path)!r} has {len(line)} columns where {len(header)} are needed.")
         try:
-            labels.append(index[line[label]] if task.classes else float(line[label]))
+            labels.append(index[line[label]] if task.classes else _finite(line[label]))
         except (KeyError, ValueError):
-            allowed = f"one of {', '.join(index)}" if task.classes else "a number"
+            allowed = f"one of {', '.join(index)}" if task.classes else "a finite number"
             raise ValueError(
                 f"Line {number} of {str(path)!r} has the label {line[label]!r}; needed: {allowed}."
             ) from None
         sentences.append(tuple(line[column] for column in texts))
     return sentences, np.array(labels, dtype=np.int64 if task.classes else np.float32)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
 
 
 def train_wordpiece(sentences: Sequence[str]) -> PreTrainedTokenizerFast:

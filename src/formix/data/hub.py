@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from formix.data.base import SPLITS, Data, Request
+from formix.data.base import SPLIT_WORDS, SPLITS, Data, Request
 from formix.data.folder import EncodedImage, encoded_image_data
 from formix.data.text import divide_text, text_data
 
-WORDS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-
 
 def load_hub(request: Request) -> Data:
-    """`hf:NAME`, `hf:NAME:CONFIG`, or `hf:FOLDER` with files that the datasets library reads.
+    """`hf:NAME`, `hf:NAME:CONFIG`, or `hf:FOLDER` with files that the datasets library reads or saved to disk.
 
     An image column and a class label make image classification, a text column makes language modelling. A split named
     test is the test set, else the one named validation; what is missing is held out of train. ValueError without the
@@ -28,19 +26,25 @@ def load_hub(request: Request) -> Data:
         raise ValueError(f"{request.name!r} needs the datasets library; pip install formix[hf].") from error
 
     path, _, config = request.argument.partition(":")
+    saved = any(Path(path, name).is_file() for name in ("state.json", "dataset_dict.json"))  # by save_to_disk
     try:
-        loaded = datasets.load_dataset(path, config or None)
+        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config or None)
     except Exception as error:  # no network, no such name, a missing config, a broken file: each its own kind
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{request.name!r} could not be loaded by the datasets library ({reason}).") from error
-    tables = {split: loaded[word] for split in SPLITS for word in WORDS[split] if word in loaded}
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {"train": loaded}
+    tables = {split: loaded[word] for split in SPLITS for word in SPLIT_WORDS[split] if word in loaded}
     if "train" not in tables:
         raise ValueError(f"{request.name!r} has the splits {', '.join(loaded)}; one named train is needed.")
     features = tables["train"].features
     image = next((column for column, kind in features.items() if isinstance(kind, datasets.Image)), None)
     label = next((column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
     if image and label:
-        tables = {split: table for split, table in tables.items() if min(table[label]) >= 0}  # -1: not published
+        whole = {split: table for split, table in tables.items() if all(n not in (None, -1) for n in table[label])}
+        if "train" not in whole:
+            raise ValueError(f"{request.name!r} has rows for training whose {label} is missing; remove them.")
+        tables = whole  # test labels are often not published
     elif "text" not in features:
         raise ValueError(
             f"{request.name!r} has the columns {', '.join(f'{c} ({type(k).__name__})' for c, k in features.items())}; "
@@ -48,7 +52,7 @@ def load_hub(request: Request) -> Data:
         )
     if "test" not in tables and "validation" in tables:
         tables["test"] = tables.pop("validation")
-    how = ", ".join(f"{split} is the data set's {table.split}" for split, table in tables.items())
+    how = ", ".join(f"{split} is the data set's {table.split or split}" for split, table in tables.items())
     provenance: dict[str, Any] = {
         "source": f"datasets.load_dataset, {request.argument}",
         "licence": tables["train"].info.license or "see the data set's card",
@@ -75,5 +79,6 @@ def _image_bytes(table: Any, row: int, column: str) -> bytes:
     return stored["bytes"] or Path(stored["path"]).read_bytes()
 
 
-def _line(text: str) -> str:
+def _line(text: str | None) -> str:
+    text = text or ""  # a cell of a table that is empty is None
     return text if text.endswith("\n") else text + "\n"

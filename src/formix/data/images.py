@@ -15,6 +15,7 @@ from torch import Tensor
 from formix.data.base import SPLITS, Batch, BatchDataset, Data, Request, majority_accuracy
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of pixels that a data set held in memory may have
+DAMAGE = (AssertionError, KeyError, ValueError)  # what torchvision raises for a file that is cut short
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
 
@@ -144,9 +145,14 @@ def load_fashion_mnist(request: Request) -> Data:
         with tempfile.TemporaryDirectory() as root:
             raw = Path(root, "FashionMNIST", "raw")
             raw.mkdir(parents=True)
-            for archive in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
-                extract_archive(archive, raw)
-            train, test = FashionMNIST(root, train=True), FashionMNIST(root, train=False)
+            try:
+                for archive in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
+                    extract_archive(archive, raw)
+                train, test = FashionMNIST(root, train=True), FashionMNIST(root, train=False)
+            except (EOFError, OSError, RuntimeError, *DAMAGE) as error:
+                raise ValueError(
+                    f"{str(DEBIAN_FASHION_MNIST)!r} is not what the {source} has there; install it again."
+                ) from error
     else:
         source = "torchvision.datasets.FashionMNIST"
         advice = "install Debian's package (apt-get install dataset-fashion-mnist) or connect to a network once"
@@ -188,7 +194,12 @@ def _downloaded(reader: Any, name: str, advice: str) -> tuple[Any, Any]:
         return reader(root, train=True, download=True), reader(root, train=False, download=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: all mirrors failed, or a damaged file
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name!r} is not in {root} and its download failed ({reason}); {advice}.") from error
+        raise ValueError(
+            f"{name!r} is not in {root} and its download failed, or a file there is damaged ({reason}); remove such a "
+            f"file, and {advice}."
+        ) from error
+    except DAMAGE as error:
+        raise ValueError(f"A file of {name!r} in {root} is damaged; remove it, and {advice}.") from error
 
 
 def _official_test_split(

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from formix.data.base import SPLITS, Data, Request
-from formix.data.folder import BY_CLASS, DEFAULT_SIZE, NAMED_SPLITS, DecodedWhenRead, EncodedImage, empty_class
+from formix.data.base import SPLITS, Data, Request, split_of
+from formix.data.folder import DEFAULT_SIZE, DecodedWhenRead, EncodedImage, empty_class, named_splits
 from formix.data.images import ImageDataset, image_data
 from formix.data.unreadable import CHUNK, count_skipped, readable, refuse_loss
 
@@ -92,15 +92,9 @@ def _folders(root: Path) -> tuple[dict[str, str], str]:
     """Where the splits that the folder names lie below it, always train, and which they are in words."""
     if not root.is_dir():
         raise ValueError(f"{str(root)!r} is no folder; give one that holds a folder per class.")
-    there = [name for name in NAMED_SPLITS if (root / name).is_dir()]
-    if there and "train" not in there:
-        raise ValueError(f"{str(root)!r} has {' and '.join(there)} but no train to learn from; add it.")
-    if there == ["train", "val", "test"]:
-        return {"train": "train", "validation": "val", "test": "test"}, "train, val, test as named"
-    if there:
-        held = {"test": there[1]} if len(there) == 2 else {}
-        return {"train": "train", **held}, "train as named" + (f"; {there[1]} is the test set" if held else "")
-    return {"train": ""}, BY_CLASS
+    words = (entry.name for entry in os.scandir(root) if entry.is_dir() and split_of(entry.name))
+    splits, how = named_splits(str(root), [name for name in words if any(e.is_dir() for e in os.scandir(root / name))])
+    return splits or {"train": ""}, how
 
 
 def _class_names(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formix.data.base import SPLITS, Batch, BatchDataset, Data, Request
+from formix.data.base import SPLIT_WORDS, SPLITS, Batch, BatchDataset, Data, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -149,8 +149,9 @@ def _sources(root: Path) -> list[Path]:
 def load_text(request: Request) -> Data:
     """`text:PATH`, a file, a folder of text files, or several files with commas between.
 
-    A folder whose file names say train and test (and valid, else held out of train) keeps these splits; other text is
-    joined and divided into contiguous parts, train first. ValueError for a path that does not exist or holds no text.
+    Files whose names say train and test (and valid, else held out of train) keep these splits, and of train and valid
+    alone the latter is the test split; other text is joined and divided into contiguous parts, train first. ValueError
+    for a path that does not exist or holds no text.
     """
     files = _text_files(request)
     named = _named_splits(files)
@@ -191,10 +192,14 @@ def _text_files(request: Request) -> list[Path]:
 
 
 def _named_splits(files: Sequence[Path]) -> dict[str, list[Path]] | None:
-    """Files per split by the words train, valid, test in their names; None if they do not name train and test."""
-    words = {"train": {"train"}, "validation": {"valid", "val", "validation", "dev"}, "test": {"test"}}
+    """Files per split by the words train, valid, test in their names; None if they do not name train and another one.
+
+    Where no file is for test, those for validation are the test split.
+    """
     in_name = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in files}
-    named = {split: [path for path in files if in_name[path] & words[split]] for split in SPLITS}
+    named = {split: [path for path in files if not in_name[path].isdisjoint(SPLIT_WORDS[split])] for split in SPLITS}
+    if not named["test"]:
+        named["test"], named["validation"] = named["validation"], []
     return named if named["train"] and named["test"] else None
 
 

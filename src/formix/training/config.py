@@ -57,7 +57,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.seconds is None):
-            raise ValueError(f"epochs is {self.epochs} and seconds is {self.seconds}; give exactly one budget.")
+            raise ValueError(
+                f"epochs is {self.epochs} and seconds is {self.seconds}; give exactly one budget, "
+                "and null for the other."
+            )
         for name in ("lr", "epochs", "seconds"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):

@@ -1,0 +1,39 @@
+"""What is measured of every design, and on which samples."""
+
+import pytest
+import torch
+
+from formix.benchmarks import count_flops
+from formix.comparison.measure import flops_per_item, sample_batch, step_memory
+from formix.comparison.models import build_model
+from formix.data import load_data
+from formix.training.tasks import MODEL_INPUTS
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    folder = tmp_path / "SST-2"
+    folder.mkdir()
+    lengths = [1, 30, 5, 4, 1, 1, 1, 5] * 5  # words; the mean is 6
+    rows = "".join(f"{' '.join(['word'] * n)}\t{i % 2}\n" for i, n in enumerate(lengths))
+    for file in ("train.tsv", "dev.tsv"):
+        (folder / file).write_text("sentence\tlabel\n" + rows)
+    return load_data(f"glue:{folder}")
+
+
+def test_sentences_are_measured_at_their_mean_length_and_the_memory_at_the_longest(sentences):
+    batch = sample_batch(sentences, 2)
+    assert batch["input_ids"].shape == (2, 7)  # 5 words, and the special tokens
+    assert sample_batch(sentences, 2, longest=True)["input_ids"].shape == (2, 32)
+    model = build_model(sentences, None, {}, "softmax")
+    one = {name: batch[name][:1] for name in MODEL_INPUTS}
+    assert flops_per_item(model, sentences) == count_flops(model, one)
+
+
+def test_a_batch_is_as_large_as_it_says_where_there_are_fewer_samples():
+    data = load_data("digits", limit=20)
+    batch = sample_batch(data, 32)
+    assert len(batch["labels"]) == 32
+    assert torch.equal(batch["pixel_values"][20:], batch["pixel_values"][:12])
+    model = build_model(data, None, {}, "softmax")
+    assert step_memory(model, data, 32, "float32") == step_memory(model, data, 20, "float32")  # training has no larger
