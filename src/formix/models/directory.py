@@ -273,9 +273,8 @@ def _load_text(config: dict[str, Any], directory: Path) -> Any:
         model = _transformers_family(config).from_directory(directory)
     except RuntimeError as error:  # shapes that differ
         raise ValueError(f"{directory / WEIGHTS} does not fit its config.json: {error}") from None
-    for (
-        parameter
-    ) in model.parameters():  # from the file's pages into aligned memory: elsewhere products round otherwise
+    # from the file's pages, where tensors begin anywhere, into aligned memory: elsewhere products round otherwise
+    for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
 

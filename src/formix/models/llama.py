@@ -79,14 +79,14 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class FormixLlamaRotaryEmbedding(LlamaRotaryEmbedding):
-    """transformers' rotation, its frequencies in float32 whatever type the model is cast to: they are not stored, and a
-    model cast to 16 bits would have other angles than the one that is loaded from its file."""
+    """transformers' rotation, whose frequencies no cast rounds to 16 bits: they are not stored, and the model loaded from
+    the file has them whole."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if (cast := getattr(self, name)).dtype != buffer.dtype:
+            if (cast := getattr(self, name)).dtype.itemsize < 4:
                 setattr(self, name, buffer.to(cast.device))
         return self
 
