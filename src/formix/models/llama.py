@@ -79,8 +79,8 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class FormixLlamaRotaryEmbedding(LlamaRotaryEmbedding):
-    """transformers' rotation, whose frequencies no cast rounds to 16 bits: they are not stored, and the model loaded from
-    the file has them whole."""
+    """transformers' rotation, whose frequencies no cast rounds to 16 bits: no file holds them, so that a loaded model
+    has them whole."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = dict(self.named_buffers())
