@@ -169,6 +169,13 @@ def test_arguments_of_an_image_directory_are_checked_as_those_of_a_name(name, tm
         formix.create_model(tmp_path, colour="red")
 
 
+@pytest.mark.parametrize("kind", ["distilbert", "mistral"])
+def test_directories_that_only_convert_reads_are_sent_there(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"model_type '{kind}'.*formix convert {tmp_path} --design=NAME"):
+        formix.create_model(tmp_path, "relu")
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_number_of_classes_asks_for_a_classifier(family, saved):
     root, _ = saved

@@ -20,7 +20,8 @@ def create_model(
             published model (``"sima_small_12_p16"``, ``"activator_32_p4"``, ``"relu_vit_small_patch16_224"``;
             `formix.models.published.PUBLISHED`), a CvT (``"cvt-13"``, ``"cvt-21"``), a text model (``"gpt2"``,
             ``"gpt2-nano"``, ``"bert-base-uncased"``, ``"bert-mini"``; `formix.models.text.SIZES`), or a directory: one
-            that `formix.save` wrote or a transformers one (BERT, GPT-2), whose weights are carried over.
+            that `formix.save` wrote or a transformers one (BERT, RoBERTa, GPT-2, Llama, CvT), whose weights are carried
+            over.
         design: a design's name, combination or `Design`; None: the directory's or published model's own, or softmax.
         pretrained: load timm's published weights (images only; needs a network the first time).
         **kwargs: for images timm's arguments (num_classes, img_size, patch_size, in_chans, drop_path_rate, ...); for

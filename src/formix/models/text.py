@@ -182,8 +182,12 @@ def from_directory(
     """
     stored = json.loads((directory / "config.json").read_text())
     family = str(stored.get("model_type", "")).removeprefix("formix_")
-    if family not in FAMILIES:
-        raise ValueError(f"{directory} has model_type {family!r}; formix knows {', '.join(FAMILIES)}.")
+    if family not in FAMILIES or stored["model_type"] == "distilbert":  # which has other names than formix's DistilBERT
+        raise ValueError(
+            f"{directory} has model_type {stored.get('model_type')!r}, and its weights have no place here as they are "
+            f"(those of bert, roberta, gpt2, llama and cvt have): formix convert {directory} --design=NAME --out=DIR "
+            "reads DistilBERT, ViT, DINOv2, Qwen and Mistral too."
+        )
     config_class, classes = FAMILIES[family]
     given = known_fields(config_class, config)
     _check_fields(given)
