@@ -25,7 +25,7 @@ from formix.design import design as find_design
 from formix.layers import attend, compose
 from formix.layers.attention import GATES
 from formix.layers.layout import norm_position, norms_used
-from formix.models.hf import check_loaded, known_fields
+from formix.models.loading import check_loaded, known_fields
 
 # name -> fields of transformers' config that differ from its defaults, which are those of CvT-13
 SIZES: dict[str, dict[str, Any]] = {

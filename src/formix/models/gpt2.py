@@ -24,18 +24,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from formix.design import GatedUnit, LayerDesign
 from formix.layers.attention import KeyValue
+from formix.models.cache import CACHE, cache_of, count_tokens, next_positions
 from formix.models.hf import (
-    CACHE,
     DesignedAttention,
     DesignedBlock,
     WithHead,
     as_boolean,
-    cache_of,
     check_inputs,
-    count_tokens,
     gated_unit_for,
     layer_designs,
-    next_positions,
     no_layers,
     norms_kept,
     run_layers,

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import logging
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from formix.design import Design, GatedUnit, LayerDesign, Pointwise
@@ -22,47 +18,6 @@ from formix.layers import attend, compose
 from formix.layers.attention import GATES, KeyValue
 from formix.layers.layout import Norm, norm_position, norms_used
 from formix.models.kv_heads import KeyValueHeads
-
-# what masks and outputs of transformers call the keys and values of earlier tokens: "cache" since 5.24
-CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-_log = logging.getLogger("formix")
-
-
-def known_fields(config_class: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a config as its class calls them; timm's num_classes is num_labels.
-
-    Raises:
-        ValueError: a name that is no field.
-    """
-    fields = {"num_labels" if name == "num_classes" else name: value for name, value in given.items()}
-    known = set(config_class().to_dict()) | set(config_class.attribute_map) | {"num_labels", "problem_type"}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"{', '.join(map(repr, unknown))}: no field of {config_class.__name__}.")
-    return {config_class.attribute_map.get(name, name): value for name, value in fields.items()}
-
-
-def check_loaded(model: Any, report: Mapping[str, Any], directory: Path, *, layers: str, whole: bool) -> None:
-    """Announce in the log the weights of layers that had no place in `model`.
-
-    Args:
-        report: what transformers' `from_pretrained` says of loading.
-        layers: the name of the list of layers in the names of parameters.
-        whole: the directory must bring every weight; else all but those of a new head or pooler.
-
-    Raises:
-        ValueError: the directory has weights of another shape, or lacks some.
-    """
-    inside = "" if model.base_model is model else f"{model.base_model_prefix}."
-    if unfit := sorted(k for k, *_ in report["mismatched_keys"] if k.startswith(inside)):
-        raise ValueError(f"{directory} has weights of another shape for {len(unfit)} parameters ({unfit[0]}, ...).")
-    missing = sorted(k for k in report["missing_keys"] if whole or (k.startswith(inside) and ".pooler." not in f".{k}"))
-    if missing:
-        raise ValueError(
-            f"{directory} has no weights for {len(missing)} parameters of this design ({', '.join(missing[:3])}, ...): "
-            "they would stay random. Train the design from scratch or convert the model."
-        )
-    if homeless := sorted(k for k in report["unexpected_keys"] if f".{layers}." in f".{k}"):
-        _log.warning("weights without a place in this design: %s", ", ".join(homeless))
 
 
 def resolved_design(config: PreTrainedConfig) -> Design:
@@ -282,13 +237,6 @@ def gated_unit_for(layer: LayerDesign, dim: int, dropout: float) -> GatedUnitLay
     )
 
 
-def count_tokens(x: Tensor, past_key_values: Any, layer_idx: int) -> None:
-    """Lets the cache know the tokens that a layer without keys has seen, if that is the layer by which it counts."""
-    if past_key_values is not None and layer_idx == 0:
-        empty = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
-        past_key_values.update(empty, empty, layer_idx)
-
-
 def norms_kept(layer: LayerDesign, trunk: Norm) -> tuple[bool, bool]:
     """Whether a layer has its first and second norm: those it uses, and both with `official` (PAF's checkpoints)."""
     if layer.official and layer.layout.parallel:
@@ -339,24 +287,6 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs:
         raise ValueError("output_attentions is True, but formix never forms the matrix of attention weights.")
     if kwargs.get("encoder_hidden_states") is not None:
         raise ValueError("encoder_hidden_states is given, but formix's text models have no cross-attention to read it.")
-
-
-def cache_of(model: Any, past_key_values: Any, cache: Any, use_cache: bool | None) -> tuple[Any, bool | None]:
-    """The cache that a decoder's forward pass reads and fills, under either name, and whether it is given back."""
-    if past_key_values is not None and cache is not None:
-        raise ValueError("Give the keys and values of earlier tokens as past_key_values or as cache, not as both.")
-    past_key_values = cache if past_key_values is None else past_key_values
-    if model.gradient_checkpointing and model.training:
-        return None, False  # recomputing a layer would add to the cache again
-    if use_cache and past_key_values is None:
-        past_key_values = DynamicCache(config=model.config)
-    return past_key_values, use_cache
-
-
-def next_positions(x: Tensor, past_key_values: Any) -> Tensor:
-    """[1, N], counted on from the tokens in the cache."""
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return torch.arange(x.shape[1], device=x.device)[None] + past
 
 
 def run_layers(modules: Any, layers: list[LayerDesign], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from formix.design import Design
 from formix.design import design as find_design
 from formix.models import bert, distilbert, gpt2, llama, roberta
-from formix.models.hf import check_loaded, known_fields
+from formix.models.loading import check_loaded, known_fields
 
 _COUNTS = {  # fields of the configs that count something
     "n_embd", "n_layer", "n_head", "n_positions", "dim", "n_layers", "n_heads", "hidden_dim",

@@ -1,0 +1,47 @@
+"""A transformers directory as one of formix's models: which fields it takes, and that no weight stays random."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger("formix")
+
+
+def known_fields(config_class: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config as its class calls them; timm's num_classes is num_labels.
+
+    Raises:
+        ValueError: a name that is no field.
+    """
+    fields = {"num_labels" if name == "num_classes" else name: value for name, value in given.items()}
+    known = set(config_class().to_dict()) | set(config_class.attribute_map) | {"num_labels", "problem_type"}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"{', '.join(map(repr, unknown))}: no field of {config_class.__name__}.")
+    return {config_class.attribute_map.get(name, name): value for name, value in fields.items()}
+
+
+def check_loaded(model: Any, report: Mapping[str, Any], directory: Path, *, layers: str, whole: bool) -> None:
+    """Announce in the log the weights of layers that had no place in `model`.
+
+    Args:
+        report: what transformers' `from_pretrained` says of loading.
+        layers: the name of the list of layers in the names of parameters.
+        whole: the directory must bring every weight; else all but those of a new head or pooler.
+
+    Raises:
+        ValueError: the directory has weights of another shape, or lacks some.
+    """
+    inside = "" if model.base_model is model else f"{model.base_model_prefix}."
+    if unfit := sorted(k for k, *_ in report["mismatched_keys"] if k.startswith(inside)):
+        raise ValueError(f"{directory} has weights of another shape for {len(unfit)} parameters ({unfit[0]}, ...).")
+    missing = sorted(k for k in report["missing_keys"] if whole or (k.startswith(inside) and ".pooler." not in f".{k}"))
+    if missing:
+        raise ValueError(
+            f"{directory} has no weights for {len(missing)} parameters of this design ({', '.join(missing[:3])}, ...): "
+            "they would stay random. Train the design from scratch or convert the model."
+        )
+    if homeless := sorted(k for k in report["unexpected_keys"] if f".{layers}." in f".{k}"):
+        _log.warning("weights without a place in this design: %s", ", ".join(homeless))
