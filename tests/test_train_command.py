@@ -322,7 +322,7 @@ WRONG = {
     "a tracker": (["train", "--trackers=diary", "--out={tmp}/out"], "'diary' is no tracker"),
     "evaluation of nothing": (["eval", "{tmp}/none", "--data=digits"], "none is no model directory"),
     "evaluation without data": (["eval", "{trained}/model"], "give --data"),
-    "evaluation of other classes": (["eval", "{trained}/model", "--data=text:{tmp}/a.txt"], "is for image-classif"),
+    "evaluation of other classes": (["eval", "{trained}/model", "--data=text:{tmp}/a.txt"], "reads images, which"),
     "evaluation of other channels": (
         ["eval", "{trained}", "--data=folder:{tmp}/pictures"],
         "takes images of 1 x 8",

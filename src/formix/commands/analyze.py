@@ -58,27 +58,21 @@ def _data(config: AnalyzeConfig, model: Any) -> Data:
     from formix.comparison.models import check_images
     from formix.data import load_data
     from formix.data.text import own_tokenizer
-    from formix.evaluation.labels import check_kind
-    from formix.evaluation.probe import normalised_for
+    from formix.evaluation.probe import as_trained
+    from formix.evaluation.suitable import check_kind, check_vocabulary
     from formix.models.image import image_size
-    from formix.models.inputs import knows_statistics
     from formix.models.text import check_length
 
-    check_kind(model, config.data, f"The model in {config.model}")
-    words = getattr(getattr(model, "config", None), "vocab_size", None)
-    if words is not None:
+    name = f"The model in {config.model}"
+    check_kind(model, config.data, name)
+    if hasattr(getattr(model, "config", None), "vocab_size"):
         check_length(model, config.sequence_length)
         tokenizer = config.tokenizer or own_tokenizer(Path(config.model))
         data = load_data(config.data, sequence_length=config.sequence_length, tokenizer=tokenizer)
-        if (data.vocab_size or 0) > words or (tokenizer is None and data.vocab_size != words):
-            raise ValueError(
-                f"The model in {config.model} knows {words} tokens and {config.data!r} has {data.vocab_size}; give the "
-                "tokenizer that it was trained with as --tokenizer."
-            )
+        check_vocabulary(model, data, name, own=tokenizer is not None)
         return data
     height, width = image_size(model) or (None, None)
     data = load_data(config.data, img_size=config.img_size or (height if height == width else None))
-    if data.in_chans in (1, getattr(model, "in_chans", 3)) and knows_statistics(model):
-        data = normalised_for(model, data)
+    data = as_trained(model, data)
     check_images(model, data, config.model)
     return data

@@ -44,8 +44,7 @@ class EvalConfig:
 def evaluate(arguments: list[str]) -> int:
     """Print the metric of a trained model: formix eval DIR --data=NAME."""
     from formix import load
-    from formix.evaluation.probe import normalised_for
-    from formix.models.inputs import knows_statistics
+    from formix.evaluation.probe import as_trained
     from formix.training import evaluate as measure
     from formix.training.job import trained_model
 
@@ -60,8 +59,8 @@ def evaluate(arguments: list[str]) -> int:
     job = _job(config, trained, model, directory)
     data = job.load_data()
     own_data = bool(trained) and job.data == trained["data"]
-    if data.in_chans in (1, getattr(model, "in_chans", 3)) and not own_data and knows_statistics(model):
-        data = normalised_for(model, data)
+    if not own_data:
+        data = as_trained(model, data)
     if job.tokenizer is not None:
         _check_tokenizer(data.tokenizer, job.tokenizer, directory)
     _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
@@ -87,8 +86,9 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
     Raises:
         ValueError: data of another kind than the model's, or whose vocabulary would be another.
     """
-    from formix.data import IMAGES, TEXTS
+    from formix.data import TEXTS
     from formix.data.text import own_tokenizer
+    from formix.evaluation.suitable import check_kind
     from formix.models.image import image_size
     from formix.models.text import check_length, task_of
     from formix.training.job import JobConfig
@@ -98,8 +98,7 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
     same = config.data in (None, trained.get("data"))
     settings = {k: v for k, v in trained.items() if k in fields and (same or k in READING)} | asked
     source, task, size = settings["data"].partition(":")[0], task_of(model), image_size(model)
-    if source in (TEXTS if task == "image-classification" else IMAGES):
-        raise ValueError(f"The model in {config.model} is for {task}, which {settings['data']!r} is not for.")
+    check_kind(model, settings["data"], f"The model in {config.model}")
     if task == "masked-lm":
         settings.setdefault("task", task)
     elif task == "image-classification" and size is not None and size[0] == size[1] and not same:
@@ -134,15 +133,11 @@ def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
     """ValueError where the model's input or output is not what the data give and ask for."""
     from formix.comparison.models import check_images
-    from formix.evaluation.labels import check_labels
+    from formix.evaluation.suitable import check_labels, check_vocabulary
     from formix.models.text import task_of
 
+    name = f"The model in {directory}"
     check_images(model, data, directory)
-    check_labels(model, data, f"The model in {directory}")
+    check_labels(model, data, name)
     if task_of(model) != "image-classification":
-        has, needs = model.config.vocab_size, data.vocab_size
-        if has < needs or (has > needs and not own_vocabulary):
-            raise ValueError(
-                f"The model in {directory} knows {has} tokens and {data.name!r} has {needs}; give the tokenizer that "
-                "it was trained with as --tokenizer."
-            )
+        check_vocabulary(model, data, name, own=own_vocabulary)

@@ -24,8 +24,8 @@ from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.text import load_tokenizer, own_tokenizer
-from formix.evaluation.labels import check_kind, check_labels
 from formix.evaluation.probe import normalised_for
+from formix.evaluation.suitable import check_kind, check_labels
 from formix.models.image import image_size
 from formix.training.parallel import start
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from formix.data import Data, collate
 from formix.data.base import SPLITS
 from formix.data.images import ImageDataset
-from formix.models.inputs import image_inputs
+from formix.models.inputs import image_inputs, knows_statistics
 from formix.training.loop import autocast_dtype
 
 PENALTIES = (0.01, 0.1, 1.0)  # scikit-learn's C, tried on the validation split
@@ -87,3 +87,9 @@ def normalised_for(model: Any, data: Data) -> Data:
         return data
     splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
     return replace(data, **splits, in_chans=len(cfg["mean"]))
+
+
+def as_trained(model: Any, data: Data) -> Data:
+    """The same where those statistics are known to be the model's own, and the data have the channels it reads."""
+    fits = data.in_chans in (1, getattr(model, "in_chans", 3))
+    return normalised_for(model, data) if fits and knows_statistics(model) else data

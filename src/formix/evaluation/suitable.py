@@ -1,4 +1,4 @@
-"""Whether data are what a model reads, and their labels what it answers with."""
+"""Whether data suit a model: what it reads, the numbers of its tokens, and labels that it answers with."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ def check_kind(model: Any, source: str, name: str) -> None:
     text = hasattr(getattr(model, "config", None), "vocab_size")
     if source.partition(":")[0] in (IMAGES if text else TEXTS):
         raise ValueError(f"{name} reads {'text' if text else 'images'}, which {source!r} is not.")
+
+
+def check_vocabulary(model: Any, data: Data, name: str, *, own: bool) -> None:
+    """Raise `ValueError` for text in other tokens than the model's.
+
+    Args:
+        data: text, for a model of text.
+        name: what the model is called in the sentence.
+        own: the tokens are of a tokenizer that was chosen for the model, which may have fewer than the model.
+    """
+    has, needs = model.config.vocab_size, data.vocab_size or 0
+    if has < needs or (has > needs and not own):
+        raise ValueError(
+            f"{name} knows {has} tokens and {data.name!r} has {needs}; give the tokenizer that it was trained with as "
+            "--tokenizer."
+        )
 
 
 def check_labels(model: Any, data: Data, name: str) -> None:
