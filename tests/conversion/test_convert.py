@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -500,6 +501,7 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
         (["--out=x", "--threads=0"], "threads is 0; it must be 1 to 4096"),
         (["--out=x", "--probe=digits"], "probe is for models of images, and the source is a BertModel"),
         (["--out=x", "--perplexity=text:x"], "perplexity is for language models that write"),
+        (["--out=x", '--recovery={"img_size": 32}'], "img_size is for models of images, and the source is a BertModel"),
         (
             ["--out=x", "--recover=text:x", '--recovery={"batch_size": "many"}'],
             "batch_size is many; it must be a whole",
@@ -508,6 +510,10 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
     ):
         assert main(["convert", str(tmp_path / "source"), "--design=paf", *flags]) == 2
         assert words in capsys.readouterr().err
+    make("hf-vit").save_pretrained(tmp_path / "images")
+    flags = ["--design=paf", "--out=x", '--recovery={"tokenizer": "x"}']
+    assert main(["convert", str(tmp_path / "images"), *flags]) == 2
+    assert "tokenizer is for models of text, and the source is a ViTFor" in capsys.readouterr().err
 
 
 def test_the_modules_of_a_sentence_model_go_along(tmp_path) -> None:
@@ -531,6 +537,24 @@ def test_the_modules_of_a_sentence_model_go_along(tmp_path) -> None:
     }
     assert copied["1_Pooling/config.json"].read_text() == '{"pooling_mode": "cls"}'
     assert formix.load(out).config.hidden_size == 32
+
+
+def test_what_lies_beside_a_model_on_the_hub_goes_along(tmp_path) -> None:
+    """In a process of its own: the place of the hub's cache is read when its library is imported."""
+    cached = tmp_path / "models--org--tiny"
+    snapshot = cached / "snapshots" / "abc"
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(snapshot)
+    hf.BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}).save_pretrained(snapshot)
+    (snapshot / "modules.json").write_text('[{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]')
+    (snapshot / "1_Pooling").mkdir()
+    (snapshot / "1_Pooling" / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    command = ["convert", "org/tiny", "--design=relu", f"--out={tmp_path / 'out'}"]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", "formix.cli", *command], env=environment, check=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (snapshot / name).read_bytes()
 
 
 def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -> None:

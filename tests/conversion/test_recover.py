@@ -416,6 +416,10 @@ def test_a_tokenizer_is_the_models_own(tmp_path, capsys) -> None:
     assert digests[0] != digests[1]
     with pytest.raises(ValueError, match="tokenizer is missing"):
         load_recovery_data(model, Recovery(data=f"text:{text}"), tmp_path / "none")
+    recovery = {"stages": "", "tokenizer": str(tmp_path / "other"), "held_out": 0.1}
+    command = ["convert", str(tmp_path / "none"), "--design=relu", f"--out={tmp_path / 'without'}"]
+    assert main([*command, f"--recover=text:{text}", f"--recovery={json.dumps(recovery)}"]) == 0
+    assert load_tokenizer(str(tmp_path / "without")).get_vocab()["20"] == 5
     command = ["convert", str(tmp_path / "own"), "--design=relu", f"--out={tmp_path / 'out'}"]
     for flag in (f"--recover=text:{text}", f"--sts={tmp_path / 'dev.tsv'}"):
         assert main([*command, flag, f'--recovery={{"tokenizer": "{tmp_path / "other"}"}}']) == 2

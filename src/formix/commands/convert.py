@@ -63,7 +63,7 @@ def convert(arguments: list[str]) -> int:
     import torch
 
     from formix.conversion.carry import choose, plan_conversion
-    from formix.conversion.load import load_source
+    from formix.conversion.load import files_beside, load_source
     from formix.conversion.output import ConversionDirectory
     from formix.conversion.source import open_source
     from formix.models.text import check_length
@@ -83,6 +83,7 @@ def convert(arguments: list[str]) -> int:
     recovery, _ = _recovery(config)
     torch.manual_seed(recovery.seed)  # of a head that the source's weights lack
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
+    config = dataclasses.replace(config, source=str(files_beside(config.source, source)))
     _refuse_metrics(source, config)
     opened = open_source(source)
     for design in designs:  # before the first of them takes its time
@@ -124,7 +125,8 @@ def _convert(source: Any, config: ConvertConfig, study: str, out: ConversionDire
         if config.recover is not None:
             conversion.speed = measure_speed(source, model)
         out.save(model)
-    out.complete(conversion)
+    recovery, _ = _recovery(config)
+    out.complete(conversion, Path(config.source), recovery.tokenizer)
     if config.record is not None:
         write_record(conversion, Path(config.record), study, config.design)
     print(f"{out.path}: {conversion.plan['formula']}")
@@ -220,8 +222,13 @@ def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
 
 
 def _refuse_metrics(source: Any, config: ConvertConfig) -> None:
-    """Raise `ValueError` for a measure of another kind of model."""
+    """Raise `ValueError` for a measure, or a setting of recovery, of another kind of model."""
     text = hasattr(getattr(source, "config", None), "vocab_size")
+    setting, kind = ("img_size", "images") if text else ("tokenizer", "text")
+    if config.recovery.get(setting) is not None:
+        raise ValueError(
+            f"{setting} is for models of {kind}, and the source is a {type(source).__name__}; leave it out."
+        )
     measures = {
         "sts": (text, "models of text"),
         "probe": (not text, "models of images"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from formix.conversion.source import FAMILIES
+from formix.models.companions import COMPANIONS, SENTENCE_FILES
 
 _log = logging.getLogger("formix")
 LAYERS = r"\.(h|layer|layers)\.\d+\."  # in the names of transformers' tensors: one of a layer
@@ -55,6 +56,20 @@ def load_source(
         return _timm(str(name), checkpoint, arguments)
     _refuse(name, "no directory and no name of timm's", checkpoint=checkpoint, model_args=arguments)
     return _transformers(str(name), None, task)
+
+
+def files_beside(name: str | Path, source: Any) -> Path:
+    """The directory with what lies beside the weights of `source`, loaded from `name`: `name` itself or, for a
+    transformers id, the hub's snapshot of it, into which tokenizer and other small files are fetched if need be."""
+    if Path(name).is_dir() or not hasattr(source, "config"):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[*COMPANIONS, *SENTENCE_FILES]))
+    except Exception as error:  # whatever the hub raises of networks and caches
+        _log.warning("no tokenizer or other file beside the weights of %s was found (%s)", name, _reason(error))
+        return Path(name)
 
 
 def _refuse(name: str | Path, kind: str, **given: Any) -> None:

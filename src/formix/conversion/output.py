@@ -9,6 +9,7 @@ from typing import Any
 
 from formix.conversion.record import Conversion
 from formix.conversion.report import write_report
+from formix.data.text import load_tokenizer, own_tokenizer
 from formix.models.companions import companions, sentence_modules
 from formix.models.recorded import FILE
 
@@ -23,11 +24,11 @@ class ConversionDirectory:
     """
 
     def __init__(self, path: str | Path, source: str | Path) -> None:
-        self.path, self.source = Path(path), Path(source)
+        self.path = Path(path)
         self.recovery, self.search = self.path / RECOVERY, self.path / SEARCH
         if not self.path.exists():
             return
-        if self.source.exists() and self.path.samefile(self.source):
+        if Path(source).exists() and self.path.samefile(source):
             raise ValueError(f"{self.path} is the source itself; choose another directory with --out.")
         taken = not self.path.is_dir() or any(self.path.iterdir())
         if taken and not any((self.path / name).exists() for name in (FILE, SEARCH, RECOVERY)):
@@ -52,13 +53,20 @@ class ConversionDirectory:
         save(model, self.path)
         shutil.rmtree(self.recovery, ignore_errors=True)
 
-    def complete(self, conversion: Conversion) -> None:
+    def complete(self, conversion: Conversion, beside: Path, tokenizer: str | None) -> None:
         """Add the tokenizer or image processor of the source, what makes sentence embeddings of its outputs, and the
-        report of a recovery."""
-        for name in (*companions(self.source), *sentence_modules(self.source)):
+        report of a recovery.
+
+        Args:
+            beside: the directory that has them.
+            tokenizer: the directory of another tokenizer, for a source without one.
+        """
+        for name in (*companions(beside), *sentence_modules(beside)):
             if not (self.path / name).exists():
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.source / name, self.path / name)
+                shutil.copyfile(beside / name, self.path / name)
+        if tokenizer is not None and own_tokenizer(self.path) is None:
+            load_tokenizer(tokenizer).save_pretrained(self.path)
         if conversion.speed:
             write_report(conversion.to_dict(), self.path / REPORT)
 

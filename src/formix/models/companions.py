@@ -11,6 +11,7 @@ COMPANIONS = (
     "chat_template.jinja",
 )  # fmt: skip
 _SENTENCES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+SENTENCE_FILES = ("modules.json", *_SENTENCES, "[0-9]*_*/*")  # as patterns of a whole repository's files
 
 
 def companions(directory: Path) -> list[Path]:
