@@ -7,7 +7,7 @@ from accelerate.utils import set_seed
 
 import formix
 from formix.data.augmentation import Augmentation
-from formix.training import Objective, TrainConfig, evaluate, forward, train
+from formix.training import Checkpoints, Objective, TrainConfig, evaluate, forward, train
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -79,6 +79,19 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_where(digits, make_model
     assert result.diverged == "the loss became nan at step 1 with learning rate 0.5"
     assert result.validation is None
     assert result.samples == 32
+
+
+def test_weights_that_the_last_step_broke_end_the_run_and_are_not_written(digits, make_model, tmp_path):
+    """Of one step, so that no later loss can tell."""
+    config = TrainConfig(epochs=1.0, lr=10, optimizer="sgd", warmup=0.0, clip=0.0, batch_size=4096, precision="float32")
+    objective = Objective(
+        loss=lambda model, batch: model.head.bias.sum() * 3e38, metric=lambda model: 1.0, higher_is_better=True
+    )
+    checkpoints = Checkpoints(tmp_path)
+    result = train(make_model(), digits, config, objective=objective, checkpoints=checkpoints)
+    assert result.diverged == ("the weights are not finite after step 1 with learning rate 10 (head.bias is the first)")
+    assert result.validation is None
+    assert checkpoints.latest is None
 
 
 def test_biases_and_norms_are_not_decayed(run, make_model, digits):

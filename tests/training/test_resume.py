@@ -138,8 +138,8 @@ def test_a_loss_spike_returns_to_the_checkpoint_and_leaves_out_the_data(run, tmp
     assert (state["place"]["epoch"], state["place"]["batch"]) == (4, 1)
 
 
-def test_weights_that_are_spoilt_in_the_checkpoint_are_left_for_those_before(tmp_path, digits, make_model, caplog):
-    """The step before a checkpoint makes the weights NaN, after its loss was seen to be a number."""
+def test_weights_that_are_not_finite_are_not_written(tmp_path, digits, make_model, caplog):
+    """The step before a checkpoint makes them NaN, after its loss was seen to be a number."""
     from formix.training import Objective, task_objective
 
     normal, calls = task_objective(digits), []
@@ -148,6 +148,30 @@ def test_weights_that_are_spoilt_in_the_checkpoint_are_left_for_those_before(tmp
         calls.append(len(calls))
         zero = (model.head.bias * 0).sum()
         return normal.loss(model, batch) + (zero.sqrt() if len(calls) == 6 else 0)  # 0 with the gradient inf * 0
+
+    objective = Objective(loss=loss, metric=normal.metric, higher_is_better=True)
+    config = TrainConfig(epochs=3.0, batch_size=32, precision="float32", on_divergence="rewind", clip=0.0)
+    model = make_model()
+    result = train(model, digits, config, objective=objective, checkpoints=Checkpoints(tmp_path, steps=2, keep=9))
+    assert (result.diverged, result.rewinds) == (None, 1)
+    assert "the weights are not finite after step 6" in caplog.text
+    assert all(tensor.isfinite().all() for tensor in states(model))
+
+
+def test_weights_that_are_spoilt_in_the_checkpoint_are_left_for_those_before(tmp_path, digits, make_model, caplog):
+    """The step before a checkpoint makes the weights so large that every later loss is infinite."""
+    from formix.training import Objective, task_objective
+
+    normal, calls = task_objective(digits), []
+
+    def loss(model, batch):
+        calls.append(len(calls))
+        value = normal.loss(model, batch)
+        if len(calls) == 6:
+            with torch.no_grad():
+                model.head.bias[0] = 3e38
+                model.head.bias[1] = -3e38
+        return value
 
     objective = Objective(loss=loss, metric=normal.metric, higher_is_better=True)
     config = TrainConfig(

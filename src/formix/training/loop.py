@@ -25,7 +25,7 @@ from formix.training.acceleration import autocast_dtype, recompute_activations
 from formix.training.checkpoint import Checkpoints
 from formix.training.clock import Clock
 from formix.training.config import TrainConfig
-from formix.training.ema import Ema
+from formix.training.ema import Ema, local
 from formix.training.optimizers import make_optimizer, set_learning_rate
 from formix.training.order import BatchOrder
 from formix.training.parallel import (
@@ -159,6 +159,8 @@ class _Run:
             if not evaluate and self.place.step % self.look_every:
                 continue
             steps, stop, save = self._look(box, progress)
+            if self.result.diverged is None and (evaluate or save or stop):
+                self.result.diverged = self._judge_weights()
             if self.result.diverged is not None:
                 if not self._rewind():
                     break
@@ -251,6 +253,18 @@ class _Run:
         self.place.recent = [*recent[1 - RECENT :], step.loss]
         self.place.loss_sum += step.loss
         self.place.loss_count += 1
+        return None
+
+    def _judge_weights(self) -> str | None:
+        """What is wrong with weights that are to be measured or written: the loss of the last step came before them."""
+        named = list(self.whole.named_parameters())
+        broken = torch.stack([(~local(p.detach()).isfinite()).any() for _, p in named]).float()
+        for (name, _), processes in zip(named, summed(broken).tolist(), strict=True):
+            if processes:
+                return (
+                    f"the weights are not finite after step {self.place.step} with learning rate {self.config.lr:g} "
+                    f"({name} is the first)"
+                )
         return None
 
     def _evaluate(self, progress: float) -> Point:
