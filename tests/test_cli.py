@@ -275,6 +275,13 @@ def test_a_reader_that_ends_early_is_no_error():
     assert (process.returncode, process.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("verb", ["compare", "convert"])
+def test_what_is_one_process_is_refused_to_several(verb, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([verb, "--design=relu"]) == 2
+    assert f"formix {verb} is one process, and WORLD_SIZE is 2" in capsys.readouterr().err
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"formix {formix.__version__}\n"

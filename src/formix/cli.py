@@ -38,6 +38,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "implementations": implementations,
 }
+ALONE = ("compare", "convert")  # they train, and write to a directory, in one process
 # of the verbs whose arguments are no dataclass
 USAGE = {
     "report": "DIR|RESULTS.json ... [--out=report.html] [--markdown | --joint]",
@@ -66,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb in USAGE and rest in (["-h"], ["--help"]):
         print(f"usage: formix {verb} {USAGE[verb]}".rstrip() + f"\n\n{_summary(VERBS[verb])}")
         return 0
+    if verb in ALONE and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        return _fail(
+            f"formix {verb} is one process, and WORLD_SIZE is {processes}; start it without torchrun or accelerate "
+            "launch. formix train takes several."
+        )
     try:
         status = VERBS[verb](rest)
         sys.stdout.flush()
