@@ -23,6 +23,7 @@ class ExportConfig:
     # largest difference to the model in PyTorch, as a share of the largest output;
     # None: 1e-4 for float32, 2e-2 for float16, 1e-1 for bfloat16
     tolerance: float | None = None
+    cache: bool = False  # of a language model that writes: keys and values of earlier tokens come in and go out
     kernels: bool = False  # torch: call formix's CPU kernels; loading then needs `import formix`
 
 

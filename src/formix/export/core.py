@@ -18,6 +18,7 @@ import torch
 from formix.design import Design
 from formix.design import design as find_design
 from formix.export import formats, verify
+from formix.export.cached import CachedProgram
 from formix.export.program import ImageProgram, Program, TextProgram, output_ports, trace, unread
 from formix.export.sheet import Sheet
 from formix.export.source import Source, read_source
@@ -42,12 +43,13 @@ def export_model(
     opset: int | None = None,
     tolerance: float | None = None,
     kernels: bool = False,
+    cache: bool = False,
 ) -> Sheet:
     """Write a model for another runtime, run the file, and compare it with the model.
 
     The file holds PyTorch's operators (ONNX's, OpenVINO's) alone: attention is the plain form that formix's kernels are
-    tested against. Batch and tokens may be of any size unless they are fixed here; images have the model's own size. A
-    decoder has no cache: every call computes all its tokens.
+    tested against. Batch and tokens may be of any size unless they are fixed here; images have the model's own size.
+    Without `cache` every call of a decoder computes all its tokens.
 
     Args:
         source: a directory that `formix.save`, `formix train` or `formix convert` wrote, or a model.
@@ -61,6 +63,8 @@ def export_model(
         opset: of ONNX, 18 to 25; None: 20.
         tolerance: largest difference to the model in PyTorch, as a share of the largest output; None: 1e-4 for float32,
             2e-2 for float16, 1e-1 for bfloat16.
+        cache: of a language model that writes: keys and values of earlier tokens come in and go out, as
+            past_key_values.LAYER.key and present.LAYER.key and so on, and each call computes the new tokens alone.
         kernels: for torch: call formix's CPU kernels, so that a process needs `import formix` before it loads the file.
 
     Returns:
@@ -91,10 +95,10 @@ def export_model(
             "--dtype=float16 or float32."
         )
     model = original if chosen == own else copy.deepcopy(original).to(DTYPES[chosen])
-    program = _program(found, model, batch, tokens)
-    reference = program if model is original else _program(found, original, batch, tokens)
+    program = _program(found, model, batch, tokens, cache)
+    reference = program if model is original else _program(found, original, batch, tokens, cache)
     with contextlib.nullcontext() if kernels else portable():
-        sizes = verify.sizes_of(program, verify.TRACED)
+        sizes = program.sizes(verify.TRACED)
         exported = trace(program, sizes)
         outputs = output_ports(program, exported, sizes)
     if not kernels and (foreign := sorted({str(n.target) for n in exported.graph.nodes if _is_own(n.target)})):
@@ -202,7 +206,11 @@ def _check_options(
         )
 
 
-def _program(found: Source, model: Any, batch: int | None, tokens: int | None) -> Program:
+def _program(found: Source, model: Any, batch: int | None, tokens: int | None, cache: bool) -> Program:
+    if cache and not (found.size is None and model.can_generate()):
+        raise ValueError(
+            f"cache is for language models that write, and this is a {type(model).__name__}; leave it out."
+        )
     if found.size is not None:
         if tokens is not None:
             raise ValueError(f"tokens is {tokens}, but this {type(model).__name__} takes images; leave it out.")
@@ -223,7 +231,8 @@ def _program(found: Source, model: Any, batch: int | None, tokens: int | None) -
             "This decoder reads the class at the last token that is no padding, and its config names no pad_token_id: "
             "set model.config.pad_token_id and save it again, or export with --batch=1."
         )
-    return TextProgram(model, found.task, batch=batch, tokens=tokens).eval()
+    kind = CachedProgram if cache else TextProgram
+    return kind(model, found.task, batch=batch, tokens=tokens).eval()
 
 
 def _companions(found: Source, path: Path) -> list[Path]:
@@ -266,7 +275,12 @@ def _notes(found: Source, program: Program, format: str, unread: list[str], kern
     if isinstance(program, TextProgram) and program.task == "features" and not program.decoder:
         notes.append("formix's embedding: the mean of last_hidden_state where attention_mask is 1, of unit length")
     if isinstance(program, TextProgram) and program.decoder:
-        notes.append("no cache: every call computes all its tokens")
+        if isinstance(program, CachedProgram):
+            notes.append("present.* of a call are past_key_values.* of the next; the first has a past of 0 tokens")
+            if program.room is not None:
+                notes.append(f"past and tokens together are at most {program.room}")
+        else:
+            notes.append("no cache: every call computes all its tokens")
         notes.append("positions count the ones of attention_mask, so padding may stand on either side")
         if program.task == "sequence-classification":
             notes.append("the class is read at the last token of input_ids that is not pad_token_id")

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from formix.export.sheet import Axis, Port
 
 MOST = 2**20  # of an axis without a limit of the model's own; PyTorch wants a number
+PLUS = " + "  # in a port's shape, between the axes of a sum
 
 
 class Program(nn.Module):
     """What is exported: `inputs`, and `axes`, those of their sizes that are free. Images and logits are float32 in
     every type of the weights."""
 
-    inputs: tuple[Port, ...]
+    inputs: tuple[Port, ...]  # those with a dot in their names are the arguments of forward's * before the dot
     axes: dict[str, Axis]
     task: str
+    judged: int | None = None  # how many outputs say what is large, for the check; None: all
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -31,9 +33,13 @@ class Program(nn.Module):
     def example(self, sizes: Mapping[str, int], *, padding: str = "none", seed: int = 0) -> tuple[Tensor, ...]:
         """Inputs of these sizes of the free axes; the first sample stays whole when the others are padded."""
 
+    def sizes(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of the free axes, within their limits."""
+        return {n: min(wanted[n], axis.most or wanted[n]) for n, axis in self.axes.items()}
+
     def shape(self, port: Port, sizes: Mapping[str, int]) -> list[int]:
         """The port's shape with the free axes in numbers."""
-        return [sizes[n] if isinstance(n, str) else n for n in port.shape]
+        return [sum(sizes[n] if n in sizes else int(n) for n in str(size).split(PLUS)) for size in port.shape]
 
     @abstractmethod
     def named_outputs(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -106,7 +112,15 @@ class TextProgram(Program):
 
     def example(self, sizes: Mapping[str, int], *, padding: str = "none", seed: int = 0) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
-        shape, config = self.shape(self.inputs[0], sizes), self.model.config
+        ids, mask = self.texts(self.shape(self.inputs[0], sizes), padding, generator)
+        if len(self.inputs) == 2:
+            return ids, mask
+        types = torch.randint(self.model.config.type_vocab_size, ids.shape, generator=generator)
+        return ids, mask, torch.where(mask.bool(), types, 0)
+
+    def texts(self, shape: list[int], padding: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Tokens and their mask."""
+        config = self.model.config
         ids = torch.randint(config.vocab_size, shape, generator=generator)
         if config.vocab_size > 1:
             ids = torch.where(ids == self.pad, (self.pad + 1) % config.vocab_size, ids)
@@ -116,11 +130,7 @@ class TextProgram(Program):
             missing = min(row.numel() - 1, i * row.numel() // len(rows) + (len(rows) == 1))
             row[row.numel() - missing :] = 0
         mask = mask.flip(-1) if padding == "left" else mask
-        ids = torch.where(mask.bool(), ids, self.pad)
-        if len(self.inputs) == 2:
-            return ids, mask
-        types = torch.randint(config.type_vocab_size, shape, generator=generator)
-        return ids, mask, torch.where(mask.bool(), types, 0)
+        return torch.where(mask.bool(), ids, self.pad), mask
 
     def named_outputs(self, *inputs: Tensor) -> dict[str, Tensor]:
         given: dict[str, Any] = {port.name: x for port, x in zip(self.inputs, inputs, strict=True)}
@@ -161,10 +171,31 @@ def trace(program: Program, sizes: Mapping[str, int]) -> torch.export.ExportedPr
     return exported
 
 
-def dynamic_shapes(program: Program) -> dict[str, dict[int, Any]]:
+def dynamic_shapes(program: Program) -> dict[str, Any]:
     """Of each input the free dimensions, as torch.export and torch.onnx take them."""
-    dims = {n: torch.export.Dim(n, min=axis.least, max=axis.most or MOST) for n, axis in program.axes.items()}
-    return {p.name: {i: dims[n] for i, n in enumerate(p.shape) if isinstance(n, str)} for p in program.inputs}
+    dims: dict[str, Any] = {
+        n: torch.export.Dim(n, min=axis.least, max=axis.most or MOST) for n, axis in program.axes.items()
+    }
+
+    def free(port: Port) -> dict[int, Any]:
+        return {i: _dim(n, dims) for i, n in enumerate(port.shape) if isinstance(n, str)}
+
+    shapes: dict[str, Any] = {port.name: free(port) for port in program.inputs if "." not in port.name}
+    several = [port for port in program.inputs if "." in port.name]
+    return {**shapes, several[0].name.split(".")[0]: tuple(map(free, several))} if several else shapes
+
+
+def _dim(name: str, dims: dict[str, Any]) -> Any:
+    """The dimension of an axis, or of a sum of axes and numbers, which is added."""
+    if name not in dims:
+        free = [dims[part] for part in name.split(PLUS) if part in dims]
+        rest = sum(int(part) for part in name.split(PLUS) if part not in dims)
+        if len(free) == 1:
+            dims[name] = free[0] + rest
+        else:
+            least, most = rest + sum(dim.min for dim in free), rest + sum(dim.max for dim in free)
+            dims[name] = torch.export.Dim(name.replace(PLUS, "_"), min=least, max=most)
+    return dims[name]
 
 
 def output_ports(program: Program, exported: torch.export.ExportedProgram, sizes: Mapping[str, int]) -> list[Port]:
