@@ -345,6 +345,21 @@ def test_a_changed_text_config_is_refused(change, saved, tmp_path):
         formix.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_more_layers_than_the_config_has_are_refused(family, saved, tmp_path):
+    """With fewer layers the model would load and give other logits."""
+    shutil.copytree(saved[1][f"{family} relu"][0], tmp_path / "model")
+    names = {"vit": "depth", "bert": "num_hidden_layers", "gpt2": "n_layer"}
+
+    def fewer(config):
+        config.get("model_args", config)[names[family]] = 2
+        return config
+
+    damage_config(fewer)(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"does not fit its config|config\.json has no place for"):
+        formix.load(tmp_path / "model")
+
+
 def test_what_is_no_directory_of_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"it has no config\.json"):
         formix.load(tmp_path)
