@@ -78,6 +78,7 @@ def test_studies_whose_directories_are_relative_and_absolute_share_a_report(tmp_
 def test_flags_may_be_apart_from_their_values(tmp_path):
     (tmp_path / "study.yaml").write_text("data: digits\nseeds: 3\n")
     flags = [part for flag in SMALL if not flag.startswith("--data") for part in flag.split("=", 1)]
+    flags[flags.index("false")] = "False"
     assert main(["compare", "--config", str(tmp_path / "study.yaml"), *flags, "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["data"] == "digits"
 
@@ -182,6 +183,7 @@ WRONG = {
     "null for a number": (["compare", "{tmp}/null.yaml"], "seeds is null; it must be a whole number"),
     "list for a mapping": (["compare", "{tmp}/list.yaml"], "holds no settings"),
     "YAML in another encoding": (["compare", "{tmp}/latin.yaml"], "no UTF-8 text"),
+    "flag without its file": (["compare", "--config"], "--config: expected one argument"),
     "code in YAML": (["compare", "{tmp}/code.yaml"], "code.yaml"),
     "option given twice": (["compare", "--designs=relu(length=3,length=4)"], "given twice"),
     "layer of a hybrid": (["compare", '--designs=relu(layers={"0": "skip"})'], "layers has 0: 'skip'"),

@@ -81,3 +81,10 @@ def test_dropout_of_the_output():
     x = torch.randn(2, 50, 6)
     assert (unit(x) == 0).float().mean() > 0.3
     assert torch.equal(unit.eval()(x), unit(x))
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="activation is 'tanh'; it must be one of 'gelu'"):
+        GatedUnit(6, 10, activation="tanh")
+    with pytest.raises(ValueError, match="inner width is 0 with a model width of 6; choose a larger ratio"):
+        Block(6, 2, design="activator(ratio=0.1)")

@@ -51,3 +51,8 @@ def test_the_layout_s_own_norm_wins(trunk):
     assert norm_position(Layout(norm="pre"), trunk) == "pre"
     assert norm_position(Layout(norm="post"), trunk) == "post"
     assert norms_used(Layout(parallel=True, norm="post"), trunk) == (False, True)
+
+
+def test_a_norm_that_is_neither_is_refused():
+    with pytest.raises(ValueError, match="norm is 'Pre'; it must be 'pre' or 'post'"):
+        norm_position(Layout(), "Pre")

@@ -345,6 +345,31 @@ def test_a_changed_text_config_is_refused(change, saved, tmp_path):
         formix.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_more_layers_than_the_config_has_are_refused(family, saved, tmp_path):
+    """With fewer layers the model would load and give other logits."""
+    shutil.copytree(saved[1][f"{family} relu"][0], tmp_path / "model")
+    names = {"vit": "depth", "bert": "num_hidden_layers", "gpt2": "n_layer"}
+
+    def fewer(config):
+        config.get("model_args", config)[names[family]] = 2
+        return config
+
+    damage_config(fewer)(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"does not fit its config|config\.json has no place for"):
+        formix.load(tmp_path / "model")
+
+
+def test_a_directory_with_num_classes_among_its_arguments_loads(saved, tmp_path):
+    """As formix wrote them before transformers' Auto classes were to load them."""
+    directory, expected = saved[1]["vit relu"]
+    shutil.copytree(directory, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "num_classes" not in config["model_args"]
+    damage_config(lambda c: c | {"model_args": c["model_args"] | {"num_classes": 5}})(tmp_path / "model")
+    assert torch.equal(logits(formix.load(tmp_path / "model"), "vit"), expected)
+
+
 def test_what_is_no_directory_of_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"it has no config\.json"):
         formix.load(tmp_path)

@@ -27,6 +27,19 @@ def test_timm_loads_a_directory(design, tmp_path):
         assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "sima_nano_12_p16", "activator_32_p4"])
+def test_transformers_auto_classes_load_a_directory_of_images(name, tmp_path):
+    arguments = VIT if name.startswith("vit") else {"img_size": 32, "num_classes": 5}
+    model = formix.create_model(name, "relu+skip" if name.startswith("vit") else None, **arguments).eval()
+    formix.save(model, tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    classifier = hf.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    features = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(classifier(x).logits, model(x))
+        assert torch.equal(features(x).last_hidden_state, model.forward_features(x))
+
+
 def test_timm_s_arguments_for_a_directory(tmp_path):
     model = formix.create_model("vit_tiny_patch16_224", "sima", **VIT).eval()
     formix.save(model, tmp_path)

@@ -120,6 +120,10 @@ REFUSED = {
     "second norm alone": ({"norm_2_weight": torch.ones(INNER)}, {}, "without norm_weight"),
     "dtype": ({"weight_3": torch.zeros(C, INNER, dtype=torch.float64)}, {}, "weight_3 torch.float64"),
     "list": ({"x": [1.0]}, {}, "x is a list"),
+    "whole numbers": ({"x": torch.ones(2, C, dtype=torch.long)}, {}, "x has dtype torch.int64"),
+    "sparse": ({"x": torch.ones(2, C).to_sparse()}, {}, "x has layout torch.sparse_coo"),
+    "device": ({"weight_1": torch.zeros(INNER, C, device="meta")}, {}, "weight_1 on meta"),
+    "eps": ({}, {"eps": -1.0}, "eps is -1"),
 }
 
 

@@ -28,7 +28,7 @@ def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) ->
     try:
         return _parsed(config_classes, verb, [_underscored(flag) for flag in flags])
     except ValueError as error:
-        if flags[:1] != ["--config"] or _is_of_a_flag(str(error), flags):
+        if flags[:1] != ["--config"] or len(flags) == 1 or _is_of_a_flag(str(error), flags):
             raise
         raise ValueError(f"{flags[1]}: {error}") from None
 
@@ -42,7 +42,7 @@ def split_named(config_class: Any, arguments: Sequence[str]) -> tuple[list[str],
         if not argument.startswith("-") or argument == "-":
             named.append(argument)
             continue
-        switch = kinds.get(_underscored(argument)[2:]) is bool and left[:1] not in (["true"], ["false"])
+        switch = kinds.get(_underscored(argument)[2:]) is bool and "".join(left[:1]).lower() not in ("true", "false")
         alone = switch or "=" in argument or argument in ("-h", "--help")
         if not alone and left and not left[0].startswith("--"):
             argument += f"={left.pop(0)}"

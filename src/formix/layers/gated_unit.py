@@ -24,6 +24,9 @@ class GatedUnit(nn.Module):
         inner_norm: LayerNorm (eps 1e-5) of both branches before their product.
         tied: one inner norm for both branches, as the official code has it.
         proj_drop: dropout of the output; the official unit has none.
+
+    Raises:
+        ValueError: an unknown activation, or an inner width below 1.
     """
 
     def __init__(
@@ -39,6 +42,12 @@ class GatedUnit(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}.")
+        if hidden_features < 1:
+            raise ValueError(
+                f"The gated unit's inner width is {hidden_features} with a model width of {dim}; choose a larger ratio."
+            )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.activation = activation
         self.fc1 = nn.Linear(dim, hidden_features, **dd)

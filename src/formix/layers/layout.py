@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -14,7 +14,9 @@ Norm = Literal["pre", "post"]
 
 
 def norm_position(layout: Layout, trunk: Norm) -> Norm:
-    """The layout's own position of the norms, or the trunk's."""
+    """The layout's own position of the norms, or the trunk's; raises `ValueError` for one that is neither."""
+    if trunk not in get_args(Norm):
+        raise ValueError(f"norm is {trunk!r}; it must be 'pre' or 'post'.")
     return layout.norm or trunk
 
 

@@ -48,7 +48,9 @@ def save_directory(model: nn.Module, directory: Path) -> None:
                 f"This model was made with {name}={argument!r}, which no config.json can hold; give it by name."
             ) from None
     _check_described(model, described)
-    config = json.dumps(described, indent=2)
+    # timm reads num_classes beside model_args; within, transformers' Auto classes would give it twice
+    arguments = {k: v for k, v in described["model_args"].items() if k != "num_classes"}
+    config = json.dumps({**described, "model_args": arguments}, indent=2)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_model(model, str(path), metadata={"format": "pt"}))
     _replace(directory / "config.json", lambda path: path.write_text(config + "\n"))
@@ -207,6 +209,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} is damaged (its model_args have no {' and no '.join(missing)}); save the model again."
             )
+        if "num_classes" in config:
+            config["model_args"].setdefault("num_classes", config["num_classes"])
     elif str(config["model_type"]).startswith("formix_") and config.get("design") is None:
         raise ValueError(
             f"{path} is damaged (it has no design, and without one no model is built); save the model again."

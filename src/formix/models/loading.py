@@ -29,10 +29,10 @@ def check_loaded(model: Any, report: Mapping[str, Any], directory: Path, *, laye
     Args:
         report: what transformers' `from_pretrained` says of loading.
         layers: the name of the list of layers in the names of parameters.
-        whole: the directory must bring every weight; else all but those of a new head or pooler.
+        whole: the directory must bring every weight, and none besides; else all but those of a new head or pooler.
 
     Raises:
-        ValueError: the directory has weights of another shape, or lacks some.
+        ValueError: the directory has weights of another shape, or lacks some; with `whole`, if its layers have more.
     """
     inside = "" if model.base_model is model else f"{model.base_model_prefix}."
     if unfit := sorted(k for k, *_ in report["mismatched_keys"] if k.startswith(inside)):
@@ -43,5 +43,11 @@ def check_loaded(model: Any, report: Mapping[str, Any], directory: Path, *, laye
             f"{directory} has no weights for {len(missing)} parameters of this design ({', '.join(missing[:3])}, ...): "
             "they would stay random. Train the design from scratch or convert the model."
         )
-    if homeless := sorted(k for k in report["unexpected_keys"] if f".{layers}." in f".{k}"):
+    homeless = sorted(k for k in report["unexpected_keys"] if f".{layers}." in f".{k}")
+    if homeless and whole:
+        raise ValueError(
+            f"{directory} has {len(homeless)} weights that its config.json has no place for ({homeless[0]}, ...): one "
+            "of the two is damaged or of another model; save the model again."
+        )
+    if homeless:
         _log.warning("weights without a place in this design: %s", ", ".join(homeless))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from formix.ops.masks import DTYPES, check_layout, check_number
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
@@ -50,11 +52,12 @@ def gated_unit(
         [..., C].
 
     Raises:
-        ValueError: an unknown activation, or shapes that do not fit.
+        ValueError: an unknown activation, or shapes, dtypes or devices that do not fit.
     """
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}.")
-    _check_shapes(
+    check_number("eps", eps, low=0)
+    _check_tensors(
         x,
         {"weight_1": weight_1, "weight_2": weight_2, "weight_3": weight_3},
         {"bias_1": bias_1, "bias_2": bias_2, "bias_3": bias_3},
@@ -76,7 +79,7 @@ def gated_unit(
     return F.linear(u * v, weight_3, bias_3)
 
 
-def _check_shapes(
+def _check_tensors(
     x: Tensor, weights: dict[str, Tensor], biases: dict[str, Tensor | None], norms: dict[str, Tensor | None]
 ) -> None:
     first = weights["weight_1"]
@@ -84,6 +87,11 @@ def _check_shapes(
     for name, t in given.items():
         if not isinstance(t, Tensor):
             raise ValueError(f"{name} is a {type(t).__name__}; it must be a tensor.")
+        check_layout(name, t)
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {t.dtype}; it must be float64, float32, bfloat16 or float16.")
+        if t.device != x.device:
+            raise ValueError(f"x is on {x.device} and {name} on {t.device}; move them to one device.")
     if len({t.dtype for t in given.values()}) > 1 and not torch.is_autocast_enabled(x.device.type):
         kinds = ", ".join(f"{name} {t.dtype}" for name, t in given.items())
         raise ValueError(f"The dtypes differ ({kinds}); they must agree outside autocast.")
