@@ -112,8 +112,9 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the containers keep their arguments
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # an empty file has an error without words
         raise ValueError(
-            f"{path} is damaged, or holds objects beside weights, which are not built ({str(error).splitlines()[0]}). "
+            f"{path} is damaged, or holds objects beside weights, which are not built ({reason}). "
             "If you trust its source, read it with torch.load(path, weights_only=False) and pass what it holds."
         ) from None
 
@@ -129,6 +130,10 @@ def _weights(source: str | Path | Mapping[str, Any], ema: bool) -> dict[str, Ten
         source = source[key]
     elif ema:
         raise ValueError("This checkpoint has no 'model_ema'; load it with ema=False.")
-    if not isinstance(source, Mapping) or not source or not all(isinstance(v, Tensor) for v in source.values()):
+    if (
+        not isinstance(source, Mapping)
+        or not source
+        or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in source.items())
+    ):
         raise ValueError("This is no checkpoint: neither a mapping of names to tensors nor one under 'model'.")
     return {name.removeprefix("module."): tensor for name, tensor in source.items()}
