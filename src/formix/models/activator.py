@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from formix.design import Design, GatedUnit, Layout
-from formix.models.image import ImageModel
+from formix.models.image import ImageModel, check_sizes
 from formix.models.published import ACTIVATOR
 
 DESIGNS: dict[str, Design | None] = {
@@ -298,6 +298,7 @@ def build(name: str, **arguments: Any) -> ActivatorClassifier:
     Raises:
         ValueError: another design than the model's own.
     """
+    check_sizes(arguments)
     kind = ACTIVATOR[name].arguments["kind"]
     design, asked = DESIGNS[kind], arguments.pop("design", None)
     if asked is not None and (design is None or (asked != design and asked != design.to_dict())):

@@ -26,6 +26,11 @@ RUNTIME_ARGUMENTS = (
 )  # fmt: skip
 # what a config says of the classes, in timm's and transformers' words; pretrained_cfg has them too
 OF_CLASSES = NAMES, PROBLEM = "label_names", "problem_type"
+# the least of what a model has a number of, in timm's and transformers' words
+_LEAST = {
+    "num_classes": 0, "num_labels": 0, "in_chans": 1, "num_channels": 1,
+    "depth": 1, "embed_dim": 1, "num_heads": 1, "hidden_dim": 1,
+}  # fmt: skip
 
 
 class ImageModel:
@@ -76,6 +81,14 @@ class ImageModel:
 def about_classes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The names of the classes, where they have any, and whether each is a question of its own."""
     return {k: config[k] for k in OF_CLASSES if config.get(k) is not None}
+
+
+def check_sizes(arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a number of layers, channels, heads or classes that no model has."""
+    for name, least in _LEAST.items():
+        given = arguments.get(name, least)
+        if not isinstance(given, int) or isinstance(given, bool) or given < least:
+            raise ValueError(f"{name} is {given!r}; it must be a whole number, {least} or more.")
 
 
 def image_size(model: Any) -> tuple[int, int] | None:
