@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -110,6 +111,15 @@ def test_stock_and_formix_models_of_the_same_weights_agree() -> None:
                 assert getattr(x, field) == pytest.approx(getattr(y, field), rel=1e-4), (name, field)
         assert a.design is None
         assert formix.design(b.design) == formix.design("softmax")
+
+
+def test_choices_count_as_sequences() -> None:
+    model = formix.create_model("bert-tiny", "paf", task="multiple-choice", **TEXT)
+    given = batch()  # three sequences, here of one question
+    asked = analyze(model, [{name: tensor[None] for name, tensor in given.items()}])
+    alone = analyze(model.bert, [given])
+    assert [replace(layer, name="") for layer in asked.layers] == [replace(layer, name="") for layer in alone.layers]
+    assert (asked.sequences, asked.tokens) == (3, 23)
 
 
 @pytest.mark.parametrize("design", ["softmax", "relu+skip", "relu+parallel", "sima", "activator"])

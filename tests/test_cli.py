@@ -135,6 +135,21 @@ def test_analyze_reads_data_as_the_model_does(tmp_path, capsys):
         assert f"reads {kind}, which {data!r} is not" in capsys.readouterr().err
 
 
+def test_analyze_of_multiple_choice_and_of_cvt(tmp_path, capsys):
+    """Each text is a choice of its own; CvT's channels are checked though its images have any size."""
+    text, size = tmp_path / "a.txt", {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    text.write_text("the cat sat on the mat. " * 400)
+    formix.save(formix.create_model("bert-tiny", "paf", task="multiple-choice", vocab_size=256, **size), tmp_path / "a")
+    command = ["analyze", f"{tmp_path / 'a'}", f"--data=text:{text}", "--sequence-length=16", "--batches=1"]
+    assert main([*command, "--batch-size=3"]) == 0
+    assert "3 sequences, 48 tokens" in capsys.readouterr().out
+    cvt = {"depth": [1, 1, 1], "embed_dim": [16, 16, 16], "num_heads": [1, 1, 1]}
+    for directory, channels, code in (("colour", 3, 2), ("grey", 1, 0)):
+        formix.save(formix.create_model("cvt-13", "sima", in_chans=channels, **cvt), tmp_path / directory)
+        assert main(["analyze", str(tmp_path / directory), "--data=digits", "--img-size=32", "--batches=1"]) == code
+    assert "takes images of 3 x 32 x 32" in capsys.readouterr().err
+
+
 TINY = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 WRONG = {
     "analysis of nothing": (["analyze", "--model={tmp}/none", "--data=digits"], "none is no model directory"),

@@ -112,7 +112,8 @@ def analyze(
             timm's VisionTransformer, Eva or XCiT (the patches' layers; local patch interaction counts to the FFN), or
             a CvT. It runs in evaluation mode and is left as it was.
         batches: images [B, C, H, W], or a model's keyword arguments (`labels` are left out). Tokens that an
-            `attention_mask` [B, N] hides count nowhere; sequences of fewer than two tokens are left out.
+            `attention_mask` [B, N], or [B, choices, N], hides count nowhere; sequences of fewer than two tokens are
+            left out.
         max_batches: stop after so many.
 
     Raises:
@@ -138,7 +139,7 @@ def analyze(
                     continue
                 assert isinstance(batch, Mapping)
                 mask = batch.get("attention_mask")
-                seen["mask"] = None if mask is None else mask.bool()
+                seen["mask"] = None if mask is None else mask.bool().flatten(0, -2)  # choices are sequences as well
                 model(**{name: value for name, value in batch.items() if name != "labels"})
     finally:
         for handle in handles:

@@ -170,6 +170,19 @@ def test_the_designs_in_a_vit_compute_the_published_trunk(name, design):
     close(model(images), published(images), 1e-11)
 
 
+def test_a_vit_of_another_function_is_refused():
+    tiny = {"depth": 1, "embed_dim": 8}
+    vit = tiny | {"img_size": 32, "patch_size": 4, "num_heads": 2}
+    for name, design, lost in (
+        ("activator_32_p4", "activator-glu(inner_norm=true)", "ffn.net.0.weight"),
+        ("activator_32_p4", "activator", "actgu.norm.weight"),
+        ("ninformer_32_p4", "activator", "mgu.Mixer.token_mix.0.weight"),
+    ):
+        state = timm.create_model(name, **tiny).state_dict()
+        with pytest.raises(ValueError, match=f"model.0.{lost} has no place in this ViT"):
+            vit_weights(state, formix.create_model("vit_tiny_patch16_224", design, **vit))
+
+
 def test_dropout_only_where_the_authors_have_it():
     images = torch.randn(4, 3, 32, 32)
     for name, varies in zip(NAMES, (True, False, False, True), strict=True):

@@ -1,5 +1,8 @@
 """BERT with every design."""
 
+import contextlib
+import json
+
 import pytest
 import torch
 from oracles import close
@@ -72,3 +75,13 @@ def test_unknown_fields_tasks_and_designs():
         make("relu", num_attention_heads=5)
     with pytest.raises(ValueError, match="is_decoder"):
         make("relu", is_decoder=True)
+
+
+def test_relative_positions_of_older_checkpoints_are_refused(tmp_path):
+    """transformers no longer knows them and reads such a directory as one with absolute positions."""
+    BertForMaskedLM(BertConfig(**BERT)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for kind in ("absolute", "relative_key"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"position_embedding_type": kind}))
+        with contextlib.nullcontext() if kind == "absolute" else pytest.raises(ValueError, match="'relative_key'"):
+            formix.create_model(tmp_path, "paf")

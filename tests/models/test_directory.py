@@ -152,6 +152,7 @@ def test_a_design_with_weights_that_a_directory_lacks_is_refused(family, saved):
         ({"num_hiden_layers": 2}, "'num_hiden_layers': no field of FormixBertConfig"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number, 1 or more"),
         ({"hidden_act": "gellu"}, "hidden_act is 'gellu'; it must be one of"),
+        ({"layer_norm_eps": "small"}, "cannot be built with {'layer_norm_eps': 'small'}"),
     ],
     ids=str,
 )
@@ -161,12 +162,35 @@ def test_fields_of_a_text_directory_are_checked_as_those_of_a_name(change, match
         formix.create_model(root / "bert-0", "relu", **change)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("bert-tiny", "pad_token_id", 10**6),
+        ("gpt2-nano", "n_inner", -3),
+        ("llama-nano", "rope_parameters", {"rope_type": "spiral"}),
+        ("llama-nano", "head_dim", 5),
+        ("llama-nano", "layer_types", ["chunked_attention"] * 4),
+        ("cvt-13", "depth", 3),
+        ("cvt-13", "depth", [1, 0, 1]),
+        ("cvt-13", "depth", [1, 1]),
+        ("cvt-13", "num_heads", [0, 1, 1]),
+        ("cvt-13", "in_chans", 0),
+        ("cvt-13", "num_labels", -1),
+    ],
+    ids=str,
+)
+def test_fields_that_no_model_can_have_are_named(name, field, value):
+    with pytest.raises(ValueError, match="A head has 5 channels" if field == "head_dim" else field):
+        formix.create_model(name, "relu", **{field: value})
+
+
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "activator_32_p4", "relu_vit_small_patch16_224"])
 def test_arguments_of_an_image_directory_are_checked_as_those_of_a_name(name, tmp_path):
     sizes = {"img_size": 32, "depth": 1, "num_classes": 5}
     formix.save(formix.create_model(name, "sima" if name.startswith("xcit") else None, **sizes), tmp_path)
-    with pytest.raises(ValueError, match="colour"):
-        formix.create_model(tmp_path, colour="red")
+    for wrong in ({"colour": "red"}, {"patch_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            formix.create_model(tmp_path, **wrong)
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "mistral"])

@@ -98,3 +98,13 @@ def test_unknown_fields_tasks_and_designs():
         make("relu", n_head=5)
     with pytest.raises(ValueError, match="pretrained=True is for timm's names"):
         formix.create_model("gpt2", "relu", pretrained=True)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "features"])
+def test_the_last_weights_of_both_branches_begin_smaller(task):
+    """N(0, 0.02 / sqrt(2 layers)), as GPT-2's; all others N(0, 0.02)."""
+    model = formix.create_model("gpt2-nano", "relu+skip", task=task, n_layer=8, n_embd=256)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            scale = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert weight.detach().std().item() == pytest.approx(scale, rel=0.03), name

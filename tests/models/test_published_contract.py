@@ -284,3 +284,13 @@ def test_wrong_arguments_are_named():
         formix.create_model("activator_32_p4", img_size=30)
     with pytest.raises(ValueError, match="activation"):
         formix.create_model("relu_vit_small_patch16_224", activation="tanh")
+
+
+@pytest.mark.parametrize("name", ["sima_nano_12_p16", "xcit_nano_12_p16_224", "activator_32_p4", "ninformer_32_p4"])
+def test_numbers_that_no_model_has_are_named(name):
+    design = "sima" if name.startswith("xcit") else None
+    for argument, value in (("depth", 0), ("depth", -1), ("in_chans", 0), ("embed_dim", 0), ("num_classes", -1)):
+        with pytest.raises(ValueError, match=f"{argument} is {value}; it must be a whole number"):
+            formix.create_model(name, design, **{argument: value})
+    with pytest.raises(ValueError, match="patch_size"):
+        formix.create_model(name, design, patch_size=0)

@@ -261,6 +261,27 @@ def test_refusals():
         big_vision.to_tree(small(design="activator"))
 
 
+def test_a_tree_of_other_heads_or_of_no_numbers_is_refused(tmp_path):
+    """Sixteen channels are 4 heads of 4 or 2 of 8: the weights would fit, and compute something else."""
+    size = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_classes": 3, "qk_norm": False}
+    two, four = (formix.create_model("relu_vit_small_patch16_224", num_heads=heads, **size) for heads in (2, 4))
+    tree = big_vision.to_tree(two)
+    with pytest.raises(ValueError, match=r"query/kernel has shape \(16, 2, 8\), and this model's is \(16, 4, 4\)"):
+        big_vision.load_npz(four, tree)
+    for name, array, words in (
+        ("head/bias", np.array(["a", "b", "c"]), "weights are numbers"),
+        ("head/bias", None, "head/bias has shape"),
+        ("pos_embedding", np.zeros(4), "pos_embedding has shape"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            big_vision.load_npz(two, tree | {name: array})
+    with pytest.raises(ValueError, match="no Vision Transformer"):
+        big_vision.load_npz(torch.nn.Linear(2, 2), tree)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="no npz file"):
+        big_vision.load_npz(two, tmp_path / "one.npy")
+
+
 def test_initialisation():
     model = timm.create_model("relu_vit_small_patch16_224", depth=2, head_bias=-10.0, gate="identity")
     attn, mlp = model.blocks[0].attn, model.blocks[0].mlp

@@ -209,8 +209,9 @@ def test_containers_and_refusals(tmp_path):
     load_official(loaded, {f"module.{k}": v for k, v in state.items()})
     with pytest.raises(ValueError, match="do not fit"):
         load_official(timm.create_model("sima_nano_12_p16", depth=2), container)
-    with pytest.raises(ValueError, match="neither a mapping"):
-        load_official(loaded, {"epoch": 3})
+    for no_weights in ({"epoch": 3}, {0: torch.zeros(1)}):
+        with pytest.raises(ValueError, match="neither a mapping"):
+            load_official(loaded, no_weights)
     with pytest.raises(ValueError, match="no 'model_ema'"):
         load_official(loaded, state, ema=True)
     with pytest.raises(ValueError, match="is no file"):
@@ -218,7 +219,8 @@ def test_containers_and_refusals(tmp_path):
     torch.save(container | {"args": argparse.Namespace(output=Path("x"))}, tmp_path / "objects.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "checkpoint.pth").read_bytes()[:5000])
     (tmp_path / "cut.safetensors").write_bytes(b"no tensors")
-    for name in ("objects.pth", "cut.pth", "cut.safetensors"):
+    (tmp_path / "empty.pth").touch()
+    for name in ("objects.pth", "cut.pth", "cut.safetensors", "empty.pth"):
         with pytest.raises(ValueError, match=f"{name} is damaged, or holds objects"):
             load_official(loaded, tmp_path / name)
 

@@ -35,6 +35,7 @@ def analyze(arguments: list[str]) -> int:
     from formix.analysis import analyze as run
     from formix.data import collate
     from formix.models.directory import read_config
+    from formix.models.text import as_choices
 
     named = [f"--model={a}" for a in arguments[:1] if not a.startswith("-")]
     config = parse(AnalyzeConfig, "analyze", [*named, *arguments[len(named) :]])
@@ -44,7 +45,8 @@ def analyze(arguments: list[str]) -> int:
     plain = "model_type" in stored and not str(stored["model_type"]).startswith("formix_")
     model = AutoModel.from_pretrained(config.model, local_files_only=True).eval() if plain else load(config.model)
     loader = DataLoader(_data(config, model).test, batch_size=config.batch_size, collate_fn=collate)
-    result = run(model, loader, max_batches=config.batches)
+    batches = (as_choices(model, batch) if isinstance(batch, dict) else batch for batch in loader)
+    result = run(model, batches, max_batches=config.batches)
     print(result.to_json() if config.json else result)
     return 0
 

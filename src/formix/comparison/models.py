@@ -73,7 +73,9 @@ def check_images(model: Any, data: Data, name: str | Path) -> None:
     if data.task != "image-classification":
         return
     assert data.img_size is not None
-    (height, width), channels = image_size(model) or data.img_size, getattr(model, "in_chans", data.in_chans)
+    height, width = image_size(model) or data.img_size
+    config = getattr(model, "config", None)  # transformers' models have their channels there
+    channels = getattr(model, "in_chans", getattr(config, "num_channels", data.in_chans))
     if (channels, height, width) != (data.in_chans, *data.img_size):
         raise ValueError(
             f"{name} takes images of {channels} x {height} x {width}, and those of {data.name!r} are "

@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from formix.design import Design, GatedUnit, Layout
-from formix.models.image import ImageModel
+from formix.models.image import ImageModel, check_sizes
 from formix.models.published import ACTIVATOR
 
 DESIGNS: dict[str, Design | None] = {
@@ -55,6 +55,9 @@ def vit_weights(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
 
     The ViT is without position embedding, class token and final norm, and its norms have eps 1e-5; its design is
     `activator` or `activator-glu`, with `inner_norm` or `official`, or for the uniform kind `activator-glu(ratio=1)`.
+
+    Raises:
+        ValueError: a block's weight without a place in `model`, so that it would compute something else.
     """
     names = set(model.state_dict())
     converted: dict[str, Tensor] = {}
@@ -63,7 +66,12 @@ def vit_weights(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
         if key.startswith("model."):
             _, layer, part = key.split(".", 2)
             part, kind = part.rsplit(".", 1)
-            places = [f"blocks.{layer}.{place}.{kind}" for place in IN_A_VIT[part]]
+            places = [f"blocks.{layer}.{place}.{kind}" for place in IN_A_VIT.get(part, ())]
+        if key.startswith("model.") and not names.intersection(places):
+            raise ValueError(
+                f"{key} has no place in this ViT: give it the sizes of these weights and the design 'activator' or "
+                "'activator-glu', with inner_norm=True or official=True, or 'activator-glu(ratio=1)'."
+            )
         converted |= {place: tensor.clone() for place in places if place in names}
     return converted
 
@@ -298,6 +306,7 @@ def build(name: str, **arguments: Any) -> ActivatorClassifier:
     Raises:
         ValueError: another design than the model's own.
     """
+    check_sizes(arguments)
     kind = ACTIVATOR[name].arguments["kind"]
     design, asked = DESIGNS[kind], arguments.pop("design", None)
     if asked is not None and (design is None or (asked != design and asked != design.to_dict())):

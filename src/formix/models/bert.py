@@ -150,6 +150,12 @@ class EncoderTrunk:
             raise ValueError(
                 f"is_decoder or add_cross_attention is True; a {config.model_type} is an encoder, set both to False."
             )
+        positions = getattr(config, "position_embedding_type", None) or "absolute"
+        if positions != "absolute":  # a field of older configs
+            raise ValueError(
+                f"position_embedding_type is {positions!r}; this model has 'absolute' positions alone, as "
+                "transformers' has today, and would give other logits than the weights were trained for."
+            )
         with no_layers(config):
             super().__init__(config, add_pooling_layer=add_pooling_layer)  # type: ignore[call-arg]
         self.encoder: Any = FormixBertEncoder(config)

@@ -111,7 +111,7 @@ def read_npz(path: str | Path) -> Tree:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no npz file of big_vision's weights: {error}") from None
 
 
@@ -126,17 +126,30 @@ def from_tree(tree: Mapping[str, Array], model: Any) -> dict[str, Tensor]:
 
     A class token's position: big_vision has none, older trees add one to it. Both are the same function, so the
     position is added to the token or put in front as zero, as the model has it.
+
+    Raises:
+        ValueError: no ViT, weights without a place, or of other shapes: a tree says how many heads it is for.
     """
+    if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
+        raise ValueError(f"A {type(model).__name__} is no Vision Transformer, which big_vision's trees are for.")
     remaining = _today(tree)
     state: dict[str, Tensor] = {}
     if "pos_embedding" in remaining:
         state |= _positions(remaining, model)
-    names = set(model.state_dict())
+    own = model.state_dict()
     packed: dict[str, dict[int, Tensor]] = {}
     for weight, heads in _weights(model):
-        if weight.tree not in remaining or weight.torch not in names:
+        if weight.tree not in remaining or weight.torch not in own:
             continue
-        tensor = _tensor(LAYOUTS[weight.layout].to_torch(remaining.pop(weight.tree), heads))
+        array, place = remaining.pop(weight.tree), own[weight.torch].detach().float().cpu()
+        part = place if weight.third is None else place.chunk(3)[weight.third]
+        wanted = LAYOUTS[weight.layout].to_tree(part.numpy(), heads).shape
+        if array.shape != wanted:
+            raise ValueError(
+                f"{weight.tree} has shape {array.shape}, and this model's is {wanted}: make the model with the tree's "
+                "width, heads, FFN and classes."
+            )
+        tensor = _tensor(LAYOUTS[weight.layout].to_torch(array, heads))
         if weight.third is None:
             state[weight.torch] = tensor
         else:
@@ -201,6 +214,7 @@ def _today(tree: Mapping[str, Array]) -> Tree:
     for name, array in tree.items():
         if not name.startswith(prefix):
             continue
+        array = np.asarray(array)
         name = name.removeprefix(prefix)
         for old, new in OLDER.items():
             name = name.replace(old, new)
@@ -224,6 +238,9 @@ def _scanned(tree: Tree, depth: int) -> Tree:
 def _positions(remaining: Tree, model: Any) -> dict[str, Tensor]:
     if getattr(model, "num_reg_tokens", 0):
         raise ValueError("This model has register tokens; big_vision's trees have none.")
+    for name in ("pos_embedding", "cls"):
+        if name in remaining and remaining[name].ndim != 3:
+            raise ValueError(f"{name} has shape {remaining[name].shape}; it must be [1, tokens, width].")
     positions, number = _tensor(remaining.pop("pos_embedding")), model.patch_embed.num_patches
     token = _tensor(remaining.pop("cls")) if "cls" in remaining and model.cls_token is not None else None
     if positions.shape[1] == number + 1 and token is not None:
@@ -241,6 +258,8 @@ def _positions(remaining: Tree, model: Any) -> dict[str, Tensor]:
 
 
 def _tensor(array: Array) -> Tensor:
+    if array.dtype.kind not in "fiuV":
+        raise ValueError(f"The tree has an array of type {array.dtype}; weights are numbers.")
     if array.dtype == np.dtype("V2"):  # bfloat16, which numpy files cannot name
         return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16).float()
     return torch.from_numpy(np.array(array))

@@ -25,7 +25,8 @@ from formix.design import design as find_design
 from formix.layers import attend, compose
 from formix.layers.attention import GATES
 from formix.layers.layout import norm_position, norms_used
-from formix.models.loading import check_loaded, known_fields
+from formix.models.image import check_sizes
+from formix.models.loading import check_loaded, known_fields, refusals_named
 
 # name -> fields of transformers' config that differ from its defaults, which are those of CvT-13
 SIZES: dict[str, dict[str, Any]] = {
@@ -222,8 +223,11 @@ def create_cvt(
     """
     if name not in SIZES:
         raise ValueError(f"{name!r} is no CvT; known are {', '.join(SIZES)}.")
-    fields = SIZES[name] | _fields(config)
-    model = _class_for(task)(FormixCvtConfig(**fields, design=find_design(design).to_dict()))
+    fields, chosen = SIZES[name] | _fields(config), find_design(design).to_dict()
+    with refusals_named(name, config):
+        built = FormixCvtConfig(**fields, design=chosen)
+        _check_stages(built)
+        model = _class_for(task)(built)
     return model if model.config.dtype is None else model.to(model.config.dtype)
 
 
@@ -243,9 +247,12 @@ def from_directory(
     chosen = find_design(design if design is not None else stored.get("design") or "softmax")
     source = AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
     fields = {k: v for k, v in source.items() if k not in ("model_type", "design")}
+    with refusals_named(str(directory), config):
+        built = FormixCvtConfig(**(fields | given), design=chosen.to_dict())
+    _check_stages(built)
     model, report = _class_for(task).from_pretrained(
         directory,
-        config=FormixCvtConfig(**(fields | given), design=chosen.to_dict()),
+        config=built,
         local_files_only=True,
         output_loading_info=True,
         ignore_mismatched_sizes=not own_task,  # the classifier of other classes; anything else is refused below
@@ -257,8 +264,21 @@ def from_directory(
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
     """Fields of the config, by timm's words too."""
+    single = ("num_classes", "num_labels", "in_chans", "num_channels")  # the others are of each stage
+    check_sizes({k: v for k, v in config.items() if k in single})
     words = {"num_channels" if k == "in_chans" else k: v for k, v in config.items() if k != "img_size"}
     return known_fields(FormixCvtConfig, words)
+
+
+def _check_stages(config: Any) -> None:
+    """Raise `ValueError` for fields that do not name every stage, and for stages without layers, channels or heads."""
+    staged = (name for name, value in CvtConfig().to_dict().items() if isinstance(value, list | tuple))
+    for name in staged:
+        entries = getattr(config, name)
+        if len(entries) != len(config.depth):
+            raise ValueError(f"{name} has {len(entries)} entries and depth {len(config.depth)}; give one per stage.")
+        if name in ("depth", "embed_dim", "num_heads") and min(entries, default=0) < 1:
+            raise ValueError(f"{name} is {list(entries)}; it must be whole numbers, 1 or more, one per stage.")
 
 
 def _class_for(task: str) -> Any:

@@ -123,7 +123,7 @@ def create_from_directory(directory: Path, design: str | Design | None, **kwargs
         arguments["design"] = design
     try:
         model = _entry(config)(**arguments)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise ValueError(f"The model in {directory} cannot be built with {kwargs}: {error}") from None
     new_classes = "num_classes" in kwargs and kwargs["num_classes"] != config["model_args"].get("num_classes")
     inputs = _inputs(config)

@@ -100,6 +100,9 @@ class FormixGPT2Block(DesignedBlock):
         self.layer_idx = layer.index
         self.attn: Any = gated_unit_for(layer, dim, config.resid_pdrop) if gated else FormixGPT2Attention(config, layer)
         self.mlp: Any = GPT2MLP(config.n_inner or 4 * dim, config) if layer.layout.ffn else None
+        ends: list[Any] = [getattr(branch, "c_proj", None) for branch in (self.attn, self.mlp)]
+        for last in filter(None, ends):
+            last.ends_branch = True  # see _init_weights
 
     def mix(
         self, x: Tensor, attention_mask: Tensor | None, source_kv: KeyValue | None, past: Any, positions: Any
@@ -129,9 +132,10 @@ class FormixGPT2PreTrainedModel(Recorded, GPT2PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FormixGPT2Attention):
+        # transformers gives classes outside itself no module that has no weights of its own, such as GPT2MLP
+        if getattr(module, "ends_branch", False):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)  # type: ignore[arg-type]
 
 
 class FormixGPT2Model(FormixGPT2PreTrainedModel, GPT2Model):

@@ -26,6 +26,11 @@ RUNTIME_ARGUMENTS = (
 )  # fmt: skip
 # what a config says of the classes, in timm's and transformers' words; pretrained_cfg has them too
 OF_CLASSES = NAMES, PROBLEM = "label_names", "problem_type"
+# the least of what a model has a number of, in timm's and transformers' words
+_LEAST = {
+    "num_classes": 0, "num_labels": 0, "in_chans": 1, "num_channels": 1,
+    "depth": 1, "embed_dim": 1, "num_heads": 1, "hidden_dim": 1,
+}  # fmt: skip
 
 
 class ImageModel:
@@ -78,6 +83,14 @@ def about_classes(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: config[k] for k in OF_CLASSES if config.get(k) is not None}
 
 
+def check_sizes(arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a number of layers, channels, heads or classes that no model has."""
+    for name, least in _LEAST.items():
+        given = arguments.get(name, least)
+        if not isinstance(given, int) or isinstance(given, bool) or given < least:
+            raise ValueError(f"{name} is {given!r}; it must be a whole number, {least} or more.")
+
+
 def image_size(model: Any) -> tuple[int, int] | None:
     """Height and width of the images that a model takes; None: any."""
     size = getattr(model, "img_size", None)  # a method here, a part of the patch embedding in timm
@@ -112,8 +125,9 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the containers keep their arguments
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # an empty file has an error without words
         raise ValueError(
-            f"{path} is damaged, or holds objects beside weights, which are not built ({str(error).splitlines()[0]}). "
+            f"{path} is damaged, or holds objects beside weights, which are not built ({reason}). "
             "If you trust its source, read it with torch.load(path, weights_only=False) and pass what it holds."
         ) from None
 
@@ -129,6 +143,10 @@ def _weights(source: str | Path | Mapping[str, Any], ema: bool) -> dict[str, Ten
         source = source[key]
     elif ema:
         raise ValueError("This checkpoint has no 'model_ema'; load it with ema=False.")
-    if not isinstance(source, Mapping) or not source or not all(isinstance(v, Tensor) for v in source.values()):
+    if (
+        not isinstance(source, Mapping)
+        or not source
+        or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in source.items())
+    ):
         raise ValueError("This is no checkpoint: neither a mapping of names to tensors nor one under 'model'.")
     return {name.removeprefix("module."): tensor for name, tensor in source.items()}

@@ -100,6 +100,8 @@ class FormixLlamaAttention(DesignedAttention):
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"num_key_value_heads is {kv_heads}; it must divide num_attention_heads, {heads}.")
         head_dim, bias = config.head_dim or dim // heads, config.attention_bias
+        if head_dim % 2:
+            raise ValueError(f"A head has {head_dim} channels; rotary positions turn pairs: give an even number.")
         super().__init__(
             layer,
             config,
@@ -191,6 +193,8 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
         kinds = config.layer_types or []
         if len(kinds) != config.num_hidden_layers:
             raise ValueError(f"layer_types names {len(kinds)} layers, the model has {config.num_hidden_layers}.")
+        if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+            raise ValueError(f"layer_types has {unknown[0]!r}; it must be 'full_attention' or 'sliding_attention'.")
         if "sliding_attention" in kinds and not config.sliding_window:
             raise ValueError("layer_types has sliding layers, and sliding_window is None; give it a number of keys.")
         self.windows = [kind == "sliding_attention" for kind in kinds]

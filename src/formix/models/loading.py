@@ -1,11 +1,14 @@
-"""A transformers directory as one of formix's models: which fields it takes, and that no weight stays random."""
+"""A config of transformers' as one of formix's models: which fields it takes, and that no weight stays random."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 _log = logging.getLogger("formix")
 
@@ -21,6 +24,16 @@ def known_fields(config_class: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"{', '.join(map(repr, unknown))}: no field of {config_class.__name__}.")
     return {config_class.attribute_map.get(name, name): value for name, value in fields.items()}
+
+
+@contextlib.contextmanager
+def refusals_named(name: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """What transformers and torch raise for fields that no model can have, as a `ValueError` that names them."""
+    try:
+        yield
+    except (StrictDataclassError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name!r} cannot be built with {dict(config)}: {reason}") from None
 
 
 def check_loaded(model: Any, report: Mapping[str, Any], directory: Path, *, layers: str, whole: bool) -> None:

@@ -121,5 +121,5 @@ def create_published(name: str, design: Any = None, *, pretrained: bool = False,
         kwargs["design"] = design
     try:
         return timm.create_model(name, **kwargs)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise ValueError(f"{name!r} cannot be built with {kwargs}: {error}") from None

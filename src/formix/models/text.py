@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from formix.design import Design
 from formix.design import design as find_design
 from formix.models import bert, distilbert, gpt2, llama, roberta
-from formix.models.loading import check_loaded, known_fields
+from formix.models.loading import check_loaded, known_fields, refusals_named
 
 _COUNTS = {  # fields of the configs that count something
     "n_embd", "n_layer", "n_head", "n_positions", "dim", "n_layers", "n_heads", "hidden_dim",
@@ -152,7 +152,9 @@ def create_text_model(
     for token in ("bos_token_id", "eos_token_id"):  # GPT-2's own lie outside a smaller vocabulary
         if (getattr(config_class(), token, None) or 0) >= vocabulary:
             canonical.setdefault(token, None)
-    model = model_class(config_class(**canonical, design=find_design(design).to_dict()))
+    chosen = find_design(design).to_dict()
+    with refusals_named(name, config):
+        model = model_class(config_class(**canonical, design=chosen))
     return model if model.config.dtype is None else model.to(model.config.dtype)
 
 
@@ -205,7 +207,8 @@ def from_directory(
             "start from the directory that was pruned."
         )
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "design")}
-    new_config = config_class(**(fields | given), design=chosen.to_dict())
+    with refusals_named(str(directory), config):
+        new_config = config_class(**(fields | given), design=chosen.to_dict())
     model, report = _class_for(family, task).from_pretrained(
         directory,
         config=new_config,

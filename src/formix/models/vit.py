@@ -20,7 +20,7 @@ from formix.design import design as find_design
 from formix.layers import Block as FormixBlock
 from formix.layers import BlockStack
 from formix.models.designed import Designed
-from formix.models.image import RUNTIME_ARGUMENTS
+from formix.models.image import RUNTIME_ARGUMENTS, check_sizes
 from formix.models.recorded import remember_record
 
 _log = logging.getLogger("formix")
@@ -248,10 +248,7 @@ def _probe(name: str, kwargs: dict[str, Any]) -> Any:
 
     if "block_fn" in kwargs or "attn_layer" in kwargs:
         raise ValueError("block_fn and attn_layer are what the design decides; leave them out.")
-    for argument, least in {"num_classes": 0, "in_chans": 1, "depth": 1, "embed_dim": 1, "num_heads": 1}.items():
-        given = kwargs.get(argument, least)
-        if not isinstance(given, int) or isinstance(given, bool) or given < least:
-            raise ValueError(f"{argument} is {given!r}; it must be a whole number, {least} or more.")
+    check_sizes(kwargs)
     try:
         probe: Any = timm.create_model(name, **{**kwargs, "checkpoint_path": "", "device": "meta"})
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:

@@ -21,7 +21,7 @@ from formix.design import Design, Layout, Mixer, Sima
 from formix.design import design as find_design
 from formix.layers import Attention, attend
 from formix.layers.attention import GATES
-from formix.models.image import ImageModel
+from formix.models.image import ImageModel, check_sizes
 from formix.models.published import SIMA
 
 _log = logging.getLogger("formix")
@@ -144,6 +144,7 @@ _TEMPERATURE = re.compile(r"blocks\.\d+\.attn\.temperature")
 
 def build(name: str, **arguments: Any) -> FormixXcit:
     """SimA's model `name`, or ``formix_xcit``, which is timm's model `base` in a `design` (XCiT-S12/16 in SimA)."""
+    check_sizes(arguments)
     if name in SIMA:
         chosen = find_design(arguments.pop("design", None) or find_design("sima", official=True))
         trunk: Any = Xcit(**{**SIMA[name].arguments, **arguments})
@@ -170,7 +171,7 @@ def create_xcit(base: str, design: str | Design | None, *, pretrained: bool = Fa
         )
     try:
         model: Any = timm.create_model("formix_xcit", base=base, design=find_design(design), **kwargs)
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except (TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise ValueError(f"timm cannot build {base!r} with {kwargs}: {error}") from None
     if pretrained:
         source: Any = timm.create_model(base, pretrained=True, **kwargs)
