@@ -17,6 +17,7 @@ import torch
 import transformers as hf
 from sources import DISTIL, GPT2, GROUPED, IMAGE, SOURCES, TEXT, UNCOUNTED, inputs, make, run
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.utils import prune
 
 import formix
@@ -379,6 +380,8 @@ def _quantised() -> nn.Module:
         (lambda: torch.compile(make("bert")), "relu", {}, "compiled"),
         (lambda: nn.DataParallel(make("bert")), "relu", {}, "wrapped"),
         (_quantised, "relu", {}, "quantised"),
+        (lambda: make("bert").to(torch.float8_e4m3fn), "relu", {}, "quantised"),
+        (lambda: make("vit").to(torch.float8_e5m2), "relu", {}, "quantised"),
         (lambda: make("bert").to("meta"), "relu", {}, "not in memory"),
         (_mixed, "relu", {}, r"several types \(cls_token in torch.bfloat16, .*norm1.weight in torch.float32\)"),
         (_offloaded, "relu", {}, "not in memory"),
@@ -404,6 +407,19 @@ def test_what_cannot_be_converted_is_refused_in_a_sentence(source, design, optio
     with pytest.raises(ValueError, match=words) as refused:
         formix.convert(source(), design, **options)
     assert str(refused.value).count("\n") == 0
+
+
+def test_a_source_that_is_sharded_without_a_wrapper_is_refused(tmp_path) -> None:
+    """Tensor parallelism leaves the modules as they are, and their parameters are distributed tensors."""
+    source = make("bert")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        parallelize_module(source, mesh, {"bert.encoder.layer.0.intermediate.dense": ColwiseParallel()})
+        with pytest.raises(ValueError, match=r"layer\.0\.intermediate\.dense\.weight is sharded over processes"):
+            formix.convert(source, "relu")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _set(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
