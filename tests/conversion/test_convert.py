@@ -526,6 +526,30 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
         assert words in capsys.readouterr().err
 
 
+def test_the_record_says_which_model_was_converted(tmp_path) -> None:
+    from formix.cli import main
+
+    places = {"bert": tmp_path / "bert", "formix": tmp_path / "formix"}
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(places["bert"])
+    formix.save(formix.create_model("bert-tiny", design="relu", task="features", **TEXT), places["formix"])
+    for name, place in places.items():
+        assert main(["convert", str(place), "--design=paf", f"--out={tmp_path / name}-paf"]) == 0
+        assert main(["convert", f"{tmp_path / name}-paf", "--design=sima", f"--out={tmp_path / name}-sima"]) == 0
+        for design in ("paf", "sima"):  # the first source of a chain
+            source = json.loads((tmp_path / f"{name}-{design}" / "conversion.json").read_text())["source"]
+            assert source["place"] == str(place)
+            assert source["class"] == {"bert": "BertModel", "formix": "FormixBertModel"}[name]
+    assert source["design"]["mixer"]["kind"] == "pointwise"
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, num_heads=2, embed_dim=8, num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    arguments = '--model_args={"depth": 1, "num_heads": 2, "embed_dim": 8, "num_classes": 0}'
+    flags = [f"--checkpoint={tmp_path / 'vit.pth'}", arguments, "--design=relu", f"--out={tmp_path / 'vit-relu'}"]
+    assert main(["convert", "vit_tiny_patch16_224", *flags]) == 0
+    source = json.loads((tmp_path / "vit-relu" / "conversion.json").read_text())["source"]
+    assert (source["place"], source["checkpoint"]) == ("vit_tiny_patch16_224", str(tmp_path / "vit.pth"))
+    assert equal(restore(formix.load(tmp_path / "vit-relu")), vit)
+
+
 def test_the_modules_of_a_sentence_model_go_along(tmp_path) -> None:
     from formix.cli import main
 

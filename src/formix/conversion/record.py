@@ -31,7 +31,7 @@ class Conversion:
     with the originals of tensors that were folded; `unplaced` under the source's names, as no design has a place.
     """
 
-    source: dict[str, Any]  # class and configuration
+    source: dict[str, Any]  # class and configuration; of `formix convert` the place and checkpoint too
     source_sha256: str  # of all its tensors
     moves: list[Move]
     plan: dict[str, Any]
