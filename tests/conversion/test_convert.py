@@ -472,6 +472,18 @@ def test_what_was_changed_by_hand_is_refused(own, name, by_hand, words) -> None:
         formix.convert(source, "paf")
 
 
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_weights_that_are_no_numbers_go_there_and_back(name) -> None:
+    """In tied tensors (GPT-2's embeddings) and in folded ones; a NaN is not equal to itself."""
+    source = make(name)
+    with torch.no_grad():
+        for tensor in source.parameters():
+            tensor.view(-1)[0] = float("nan")
+    ours, theirs = restore(formix.convert(source, "parallel")).state_dict(), source.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k].view(torch.uint8), theirs[k].view(torch.uint8)) for k in theirs)
+
+
 def test_a_tensor_that_no_rule_brings_is_never_random(monkeypatch) -> None:
     monkeypatch.setattr(transformers_source, "RULES", {})  # as if a class had names of its own
     with pytest.raises(
@@ -524,6 +536,19 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
     ):
         assert main(["convert", str(tmp_path / "source"), "--design=paf", *flags]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_conversion_whose_record_is_damaged_is_done_again(tmp_path, caplog) -> None:
+    from formix.cli import main
+
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(tmp_path / "source")
+    command = ["convert", str(tmp_path / "source"), "--design=paf", f"--out={tmp_path / 'out'}"]
+    assert main(command) == 0
+    record = (tmp_path / "out" / "conversion.json").read_text()
+    (tmp_path / "out" / "conversion.json").write_text(record[:100])
+    assert main(command) == 0
+    assert "conversion.json is damaged" in caplog.text
+    assert (tmp_path / "out" / "conversion.json").read_text() == record
 
 
 def test_the_record_says_which_model_was_converted(tmp_path) -> None:

@@ -153,7 +153,7 @@ def _is_cast(name: str, tensor: Tensor, digests: dict[str, str]) -> bool:
     """Whether a tensor is, in a type that holds all its values, what it was then."""
     for dtype in (tensor.dtype, *CASTS):
         narrow = tensor.to(dtype)
-        same = torch.equal(narrow.to(tensor.dtype), tensor)
+        same = dtype == tensor.dtype or torch.equal(narrow.to(tensor.dtype), tensor)
         if same and str(dtype) in digests and sha256({name: narrow}) == digests[str(dtype)]:
             return True
     return False
