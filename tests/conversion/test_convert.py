@@ -400,7 +400,8 @@ def _quantised() -> nn.Module:
         ),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer="rmsnorm"), "relu", {}, r"norm1\.bias"),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer=nn.LayerNorm), "relu", {}, "eps=1e-05"),
-        (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head"),
+        (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head.*--task"),
+        (lambda: hf.BertForPreTraining(hf.BertConfig(**TEXT)), "relu", {}, r"head.* another \(--task\): BertForMasked"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_in_a_sentence(source, design, options, words) -> None:
@@ -536,6 +537,16 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
     ):
         assert main(["convert", str(tmp_path / "source"), "--design=paf", *flags]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_training_run_s_directory_is_a_source_in_python_too(tmp_path) -> None:
+    model = formix.create_model("bert-tiny", task="features", **TEXT)
+    formix.save(model, tmp_path / "model")
+    (tmp_path / "config.json").write_text('{"model": "bert-tiny"}')
+    (tmp_path / "checkpoints").mkdir()
+    for place in (tmp_path, str(tmp_path)):
+        assert equal(formix.convert(place, "relu"), model)
+        assert plan(place, "relu").source == "FormixBertModel"
 
 
 def test_a_conversion_whose_record_is_damaged_is_done_again(tmp_path, caplog) -> None:
