@@ -18,6 +18,7 @@ import torch
 import transformers as hf
 from sources import DISTIL, GPT2, GROUPED, IMAGE, SOURCES, TEXT, UNCOUNTED, inputs, make, run
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.utils import prune
 
 import formix
@@ -380,6 +381,8 @@ def _quantised() -> nn.Module:
         (lambda: torch.compile(make("bert")), "relu", {}, "compiled"),
         (lambda: nn.DataParallel(make("bert")), "relu", {}, "wrapped"),
         (_quantised, "relu", {}, "quantised"),
+        (lambda: make("bert").to(torch.float8_e4m3fn), "relu", {}, "quantised"),
+        (lambda: make("vit").to(torch.float8_e5m2), "relu", {}, "quantised"),
         (lambda: make("bert").to("meta"), "relu", {}, "not in memory"),
         (_mixed, "relu", {}, r"several types \(cls_token in torch.bfloat16, .*norm1.weight in torch.float32\)"),
         (_offloaded, "relu", {}, "not in memory"),
@@ -398,13 +401,27 @@ def _quantised() -> nn.Module:
         ),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer="rmsnorm"), "relu", {}, r"norm1\.bias"),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1, norm_layer=nn.LayerNorm), "relu", {}, "eps=1e-05"),
-        (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head"),
+        (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(num_hidden_layers=1)), "relu", {}, "head.*--task"),
+        (lambda: hf.BertForPreTraining(hf.BertConfig(**TEXT)), "relu", {}, r"head.* another \(--task\): BertForMasked"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_in_a_sentence(source, design, options, words) -> None:
     with pytest.raises(ValueError, match=words) as refused:
         formix.convert(source(), design, **options)
     assert str(refused.value).count("\n") == 0
+
+
+def test_a_source_that_is_sharded_without_a_wrapper_is_refused(tmp_path) -> None:
+    """Tensor parallelism leaves the modules as they are, and their parameters are distributed tensors."""
+    source = make("bert")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        parallelize_module(source, mesh, {"bert.encoder.layer.0.intermediate.dense": ColwiseParallel()})
+        with pytest.raises(ValueError, match=r"layer\.0\.intermediate\.dense\.weight is sharded over processes"):
+            formix.convert(source, "relu")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _set(part: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -455,6 +472,18 @@ def test_what_was_changed_by_hand_is_refused(own, name, by_hand, words) -> None:
     by_hand(source)
     with pytest.raises(ValueError, match=words):
         formix.convert(source, "paf")
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_weights_that_are_no_numbers_go_there_and_back(name) -> None:
+    """In tied tensors (GPT-2's embeddings) and in folded ones; a NaN is not equal to itself."""
+    source = make(name)
+    with torch.no_grad():
+        for tensor in source.parameters():
+            tensor.view(-1)[0] = float("nan")
+    ours, theirs = restore(formix.convert(source, "parallel")).state_dict(), source.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k].view(torch.uint8), theirs[k].view(torch.uint8)) for k in theirs)
 
 
 def test_a_tensor_that_no_rule_brings_is_never_random(monkeypatch) -> None:
@@ -514,6 +543,53 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
     flags = ["--design=paf", "--out=x", '--recovery={"tokenizer": "x"}']
     assert main(["convert", str(tmp_path / "images"), *flags]) == 2
     assert "tokenizer is for models of text, and the source is a ViTFor" in capsys.readouterr().err
+
+
+def test_a_training_run_s_directory_is_a_source_in_python_too(tmp_path) -> None:
+    model = formix.create_model("bert-tiny", task="features", **TEXT)
+    formix.save(model, tmp_path / "model")
+    (tmp_path / "config.json").write_text('{"model": "bert-tiny"}')
+    (tmp_path / "checkpoints").mkdir()
+    for place in (tmp_path, str(tmp_path)):
+        assert equal(formix.convert(place, "relu"), model)
+        assert plan(place, "relu").source == "FormixBertModel"
+
+
+def test_a_conversion_whose_record_is_damaged_is_done_again(tmp_path, caplog) -> None:
+    from formix.cli import main
+
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(tmp_path / "source")
+    command = ["convert", str(tmp_path / "source"), "--design=paf", f"--out={tmp_path / 'out'}"]
+    assert main(command) == 0
+    record = (tmp_path / "out" / "conversion.json").read_text()
+    (tmp_path / "out" / "conversion.json").write_text(record[:100])
+    assert main(command) == 0
+    assert "conversion.json is damaged" in caplog.text
+    assert (tmp_path / "out" / "conversion.json").read_text() == record
+
+
+def test_the_record_says_which_model_was_converted(tmp_path) -> None:
+    from formix.cli import main
+
+    places = {"bert": tmp_path / "bert", "formix": tmp_path / "formix"}
+    hf.BertModel(hf.BertConfig(**TEXT)).save_pretrained(places["bert"])
+    formix.save(formix.create_model("bert-tiny", design="relu", task="features", **TEXT), places["formix"])
+    for name, place in places.items():
+        assert main(["convert", str(place), "--design=paf", f"--out={tmp_path / name}-paf"]) == 0
+        assert main(["convert", f"{tmp_path / name}-paf", "--design=sima", f"--out={tmp_path / name}-sima"]) == 0
+        for design in ("paf", "sima"):  # the first source of a chain
+            source = json.loads((tmp_path / f"{name}-{design}" / "conversion.json").read_text())["source"]
+            assert source["place"] == str(place)
+            assert source["class"] == {"bert": "BertModel", "formix": "FormixBertModel"}[name]
+    assert source["design"]["mixer"]["kind"] == "pointwise"
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, num_heads=2, embed_dim=8, num_classes=0)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    arguments = '--model_args={"depth": 1, "num_heads": 2, "embed_dim": 8, "num_classes": 0}'
+    flags = [f"--checkpoint={tmp_path / 'vit.pth'}", arguments, "--design=relu", f"--out={tmp_path / 'vit-relu'}"]
+    assert main(["convert", "vit_tiny_patch16_224", *flags]) == 0
+    source = json.loads((tmp_path / "vit-relu" / "conversion.json").read_text())["source"]
+    assert (source["place"], source["checkpoint"]) == ("vit_tiny_patch16_224", str(tmp_path / "vit.pth"))
+    assert equal(restore(formix.load(tmp_path / "vit-relu")), vit)
 
 
 def test_the_modules_of_a_sentence_model_go_along(tmp_path) -> None:

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers as hf
+from PIL import Image
 from sources import SOURCES, make
 from timm.data import resolve_model_data_config
 
@@ -131,3 +133,13 @@ def test_recovery_and_the_command_line_read_images_as_the_source_does(tmp_path, 
     metrics = json.loads((tmp_path / "out" / "conversion.json").read_text())["metrics"]
     assert all(0.1 < values["probe digits"] <= 1 for values in metrics.values())
     assert config_of(formix.load(tmp_path / "out")) == config_of(source) | {"input_size": (3, 16, 16)}
+
+
+def test_recovery_takes_pictures_in_no_class_where_it_reads_no_labels(tmp_path) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", img_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    for i in range(10):
+        Image.fromarray(np.full((16, 16, 3), 20 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    data, _ = load_recovery_data(source, Recovery(data=f"folder:{tmp_path}"))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [8, 1, 1]
+    with pytest.raises(ValueError, match="no classes"):
+        load_recovery_data(source, Recovery(data=f"folder:{tmp_path}", labelled=True))

@@ -1,5 +1,7 @@
 """Converted models against their sources' own classes."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -77,3 +79,14 @@ def test_what_was_not_converted_is_refused(tmp_path, capsys):
     assert "has no conversion.json" in capsys.readouterr().err
     with pytest.raises(ValueError, match="precision is 'int8'"):
         ConvertedCase(directory="x", precision="int8")
+
+
+def test_inputs_that_a_model_does_not_read_are_refused_in_a_sentence(directories, tmp_path, capsys):
+    dinov2 = timm.create_model("vit_small_patch14_dinov2", img_size=28, embed_dim=32, depth=1, num_heads=2)
+    formix.save(formix.convert(dinov2, "relu"), tmp_path)
+    for flags, words in (
+        ([f"--directories={directories / 'bert'}", "--tokens=513"], "tokens is 513; .* has 512 positions"),
+        ([f"--directories={tmp_path}", "--img-sizes=29"], "img_size is 29; .* has patches of 14 x 14"),
+    ):
+        assert main(["bench", "converted", *flags, "--seconds=0.01"]) == 2
+        assert re.search(words, capsys.readouterr().err)

@@ -255,6 +255,26 @@ def test_paths_without_a_tree_of_images_say_what_is_needed(tmp_path):
             load_data(f"folder:{tmp_path / path}")
 
 
+@pytest.mark.parametrize("below", ["", "any"], ids=["no class", "one class"])
+def test_what_reads_no_labels_needs_no_classes(below, tmp_path):
+    for i in range(20):
+        draw(tmp_path / "flat" / below / f"{i:02}.png", i)
+    (tmp_path / "flat" / "any").mkdir(exist_ok=True)
+    for place in (tmp_path / "flat", pack(tmp_path / "flat", tmp_path / "flat.tar")):
+        data = load_data(f"folder:{place}", labelled=False)
+        assert [len(part) for part in (data.train, data.validation, data.test)] == [16, 2, 2]
+        images = torch.cat([everything(part)["pixel_values"] for part in (data.train, data.validation, data.test)])
+        assert len(images.unique(dim=0)) == 20  # in one split each
+        with pytest.raises(ValueError, match=r"no classes|one class only"):
+            load_data(f"folder:{place}")
+        assert data.provenance["preprocessing"].startswith(
+            "a folder per class" if below or place.suffix else "images in"
+        )
+    classes = tree(tmp_path / "pets", "train", "val")
+    with_labels, without = (load_data(f"folder:{classes}", labelled=labelled) for labelled in (True, False))
+    assert with_labels.provenance == without.provenance
+
+
 def test_pictures_of_other_formats_are_said_to_be_passed_over(tmp_path, caplog):
     draw(tree(tmp_path, "") / "cat" / "more.gif", 1)
     (tmp_path / "cat" / "notes.txt").write_text("no picture")

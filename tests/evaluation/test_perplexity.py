@@ -22,3 +22,10 @@ def test_perplexity_is_the_exponential_of_the_mean_loss():
 def test_other_data_are_refused():
     with pytest.raises(ValueError, match="needs text"):
         perplexity(torch.nn.Linear(1, 1), load_data("digits"))
+
+
+def test_text_in_more_tokens_than_the_model_s_is_refused():
+    data = load_data("stdlib", limit=20000, sequence_length=32, validation_fraction=0.002, test_fraction=0.002)
+    model = formix.create_model("gpt2-nano", vocab_size=200, n_layer=1, n_embd=16, n_head=2)
+    with pytest.raises(ValueError, match="'stdlib' has 256 tokens and the model 200"):
+        perplexity(model, data)

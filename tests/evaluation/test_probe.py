@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 import formix
 from formix.data import load_data
 from formix.evaluation import image_features, linear_probe
+from formix.evaluation.probe import normalised_for
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,17 @@ def test_grey_images_get_the_model_s_channels_and_statistics(digits):
     for channel in range(3):
         torch.testing.assert_close(images[:, channel], (pixels[:, 0] - mean[channel]) / std[channel])
     assert 0.1 < linear_probe(model, digits) <= 1
+
+
+def test_the_provenance_has_the_statistics_that_images_are_read_with(digits):
+    data = normalised_for(small_vit(), digits)
+    recorded = data.provenance["normalisation"]
+    assert recorded["of"] == "pixels 0 to 255, the model's own"
+    mean, std = (torch.tensor(recorded[key]) for key in ("mean", "std"))
+    pixels = digits.test.pixels[0].float().expand(3, -1, -1)
+    expected = (pixels - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(data.test.__getitems__([0])["pixel_values"][0], expected)
+    assert digits.provenance["normalisation"]["of"] == "pixels 0 to 255, training split"
 
 
 def test_what_cannot_be_probed_is_refused():

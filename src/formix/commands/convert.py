@@ -111,6 +111,7 @@ def _config(arguments: list[str]) -> tuple[str, ConvertConfig]:
 
 
 def _convert(source: Any, config: ConvertConfig, study: str, out: ConversionDirectory) -> None:
+    from formix.conversion.record import Conversion
     from formix.conversion.report import measure_speed
     from formix.conversion.summary import write_record
 
@@ -122,6 +123,8 @@ def _convert(source: Any, config: ConvertConfig, study: str, out: ConversionDire
         model = _converted(source, config, out, request)
         conversion = model.conversion
         conversion.request = request
+        if Conversion.of(source) is None:  # else that of an earlier conversion is named
+            conversion.source |= {"place": config.source, "checkpoint": config.checkpoint}
         if config.recover is not None:
             conversion.speed = measure_speed(source, model)
         out.save(model)

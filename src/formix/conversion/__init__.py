@@ -24,7 +24,8 @@ def convert(
 
     Args:
         model: a model of timm's (VisionTransformer, Xcit), transformers' (BERT, RoBERTa, DistilBERT, ViT, DeiT, DINOv2,
-            GPT-2, Llama, Qwen2, Qwen3, Mistral) or formix's; or a directory, timm name or transformers id of one.
+            GPT-2, Llama, Qwen2, Qwen3, Mistral) or formix's; or a directory (a training run's among them), timm name or
+            transformers id of one.
         design: a design's name, combination or `Design`.
         layers: numbers of the layers to convert ("0,2,4-7" or a sequence); None: all.
         keep: "softmax:0,1": layers that stay as they are.
@@ -57,6 +58,8 @@ def restore(model: Any) -> Any:
 def _opened(model: Any) -> Any:
     if isinstance(model, str | Path):
         from formix.conversion.load import load_source
+        from formix.training.job import trained_model
 
-        return load_source(model)
+        directory, run = trained_model(Path(model))
+        return load_source(directory if run else model)
     return model

@@ -83,6 +83,7 @@ def open_formix(model: Any) -> Source:
 def _source(
     model: Any, before: Conversion | None, family: str, depth: int, design: Any, build: Callable[[Design], Any]
 ) -> Source:
+    own = {"library": "formix", "class": type(model).__name__, "design": design.to_dict()}
     return Source(
         family=family,
         depth=depth,
@@ -90,6 +91,6 @@ def _source(
         design=design,
         build=build,
         rebuild=lambda: build(design),
-        description={"library": "formix"} if before is None else before.source,
+        description=own if before is None else before.source,
         moves=[Move(sources=(name,), target=name) for name in model.state_dict()],
     )

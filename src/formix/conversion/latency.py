@@ -65,12 +65,20 @@ class ConvertedCase(Measurable):
 
     def _inputs(self, model: Any, dtype: torch.dtype) -> dict[str, Tensor] | Tensor:
         if self.tokens is not None:
-            from formix.models.text import as_choices
+            from formix.models.text import as_choices, positions
 
+            room = positions(model.config)
+            if room is not None and self.tokens > room:
+                raise ValueError(f"tokens is {self.tokens}; {self.directory} has {room} positions: give no more.")
             return as_choices(
                 model, {"input_ids": torch.randint(0, model.config.vocab_size, (self.batch, self.tokens))}
             )
         size: Any = image_size(model) if self.img_size is None else (self.img_size, self.img_size)
+        patch = model.patch_embed.patch_size
+        if isinstance(patch, tuple) and any(side % part for side, part in zip(size, patch, strict=True)):
+            raise ValueError(
+                f"img_size is {self.img_size}; {self.directory} has patches of {patch[0]} x {patch[1]}; give multiples."
+            )
         return torch.randn(self.batch, model.in_chans, *size).to(dtype)
 
 

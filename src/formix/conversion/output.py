@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from formix.data.text import load_tokenizer, own_tokenizer
 from formix.models.companions import companions, sentence_modules
 from formix.models.recorded import FILE
 
+_log = logging.getLogger("formix")
 SEARCH, RECOVERY, REPORT = "search.json", "recovery", "report.html"
 
 
@@ -38,7 +40,11 @@ class ConversionDirectory:
         """The record of a finished conversion, if it is this one."""
         if not (self.path / FILE).is_file():
             return None
-        conversion = Conversion.read(self.path)
+        try:
+            conversion = Conversion.read(self.path)
+        except ValueError as error:
+            _log.warning("%s This is done now.", error)
+            return None
         return conversion if conversion.request == request else None
 
     def save(self, model: Any) -> None:

@@ -176,6 +176,7 @@ def _images(model: Any, recovery: Recovery) -> Data:
         seed=recovery.seed,
         limit=recovery.limit,
         on_bad_sample=recovery.on_bad_sample,
+        labelled=recovery.labelled,
     )
     return normalised_for(model, data)
 

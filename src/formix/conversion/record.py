@@ -31,7 +31,7 @@ class Conversion:
     with the originals of tensors that were folded; `unplaced` under the source's names, as no design has a place.
     """
 
-    source: dict[str, Any]  # class and configuration
+    source: dict[str, Any]  # class and configuration; of `formix convert` the place and checkpoint too
     source_sha256: str  # of all its tensors
     moves: list[Move]
     plan: dict[str, Any]
@@ -153,7 +153,7 @@ def _is_cast(name: str, tensor: Tensor, digests: dict[str, str]) -> bool:
     """Whether a tensor is, in a type that holds all its values, what it was then."""
     for dtype in (tensor.dtype, *CASTS):
         narrow = tensor.to(dtype)
-        same = torch.equal(narrow.to(tensor.dtype), tensor)
+        same = dtype == tensor.dtype or torch.equal(narrow.to(tensor.dtype), tensor)
         if same and str(dtype) in digests and sha256({name: narrow}) == digests[str(dtype)]:
             return True
     return False

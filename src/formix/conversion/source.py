@@ -91,13 +91,19 @@ def refuse_wrapped(model: Any) -> None:
         "FullyShardedDataParallel" in type(m).__name__ or type(m).__name__.startswith("FSDP") for m in model.modules()
     ):
         raise ValueError("The source is sharded by FSDP; gather its weights in an unwrapped model and convert that.")
+    if shard := next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None):
+        raise ValueError(
+            f"The source's {shard} is sharded over processes; gather them in a model of its own and convert that."
+        )
     if hasattr(model, "peft_config"):
         raise ValueError("The source carries adapters; merge them (merge_and_unload) and convert the result.")
     quantised = getattr(model, "quantization_method", None) or getattr(
         getattr(model, "config", None), "quantization_config", None
     )
     packed = any(
-        not (p.is_floating_point() or p.is_complex()) or type(p).__name__ in ("Params4bit", "Int8Params")
+        p.itemsize == 1  # float8 too
+        or not (p.is_floating_point() or p.is_complex())
+        or type(p).__name__ in ("Params4bit", "Int8Params")
         for p in model.parameters()
     ) or any("quantized" in type(m).__module__ for m in model.modules())
     if quantised or packed:
@@ -135,7 +141,7 @@ def refuse_changed(model: nn.Module, stock: nn.Module) -> None:
     state, first = model.state_dict(), dict[int, str]()
     for name, tensor in stock.state_dict(keep_vars=True).items():
         other = first.setdefault(id(tensor), name)
-        if not torch.equal(state[name], state[other]):
+        if other != name and not torch.equal(state[name].nan_to_num(), state[other].nan_to_num()):
             raise ValueError(
                 f"The source's {name} differs from {other}, and its configuration ties the two; set "
                 "tie_word_embeddings to False in a configuration and build the source from that."

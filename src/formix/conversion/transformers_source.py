@@ -123,7 +123,9 @@ def _text(model: Any, family: str, more: dict[str, Any]) -> Source:
     ours = {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}.get(model.config.model_type)
     model_class = plain.get(stem.replace(ours, "Llama") if ours else stem)
     if model_class is None:
-        raise ValueError(f"A {stem} has a head that formix does not have; its {family} models are {', '.join(plain)}.")
+        raise ValueError(
+            f"A {stem} has a head that formix does not have; load the source as another (--task): {', '.join(plain)}."
+        )
     fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")} | more
     if model.config.model_type == "mistral" and model.config.sliding_window:
         fields["layer_types"] = ["sliding_attention"] * model.config.num_hidden_layers
@@ -157,7 +159,8 @@ def _image_source(model: Any, kind: str) -> Source:
     name = type(model).__name__
     if name not in _IMAGE_CLASSES:
         raise ValueError(
-            f"A {name} has a head that timm's trunk does not have; formix takes {', '.join(_IMAGE_CLASSES)}."
+            f"A {name} has a head that timm's trunk does not have; load the source as another (--task): "
+            f"{', '.join(_IMAGE_CLASSES)}."
         )
     if getattr(config, "use_swiglu_ffn", False):
         raise ValueError("This DINOv2 has a SwiGLU FFN; convert timm's vit_giant_patch14_dinov2 instead.")

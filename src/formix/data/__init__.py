@@ -50,6 +50,7 @@ def load_data(
     seed: int = 0,
     limit: int | None = None,
     on_bad_sample: OnBadSample = "refuse",
+    labelled: bool = True,
 ) -> Data:
     """Load a data set by name; `list_data()` lists the names.
 
@@ -66,6 +67,7 @@ def load_data(
         on_bad_sample: of images in files, what becomes of one that cannot be read. "refuse": a ValueError names it.
             "skip": all are read once when the data are opened, and those that cannot be are left out, at most a tenth
             of each split that the data name; a warning names some, and `provenance["skipped"]` counts them.
+        labelled: False for what reads no labels: the images of a folder may lie in it without classes, or in one.
 
     Raises:
         ValueError: for whatever is wrong with these or the files: one sentence, what was given and what is allowed.
@@ -94,5 +96,6 @@ def load_data(
             seed=seed,
             limit=limit,
             on_bad_sample=on_bad_sample,
+            labelled=labelled,
         )
     )

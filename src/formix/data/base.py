@@ -100,6 +100,7 @@ class Request:
     seed: int
     limit: int | None
     on_bad_sample: OnBadSample
+    labelled: bool
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("formix")
 MEMORY_LIMIT = 2**30  # bytes of decoded pixels up to which images are kept; above, each is decoded when it is read
 BY_CLASS = "a folder per class"  # and no splits
+NO_CLASS = "images in no class"
 DEFAULT_SIZE = 64  # side, where the images differ in size and no img_size is given
 
 
@@ -126,15 +127,16 @@ def load_folder(request: Request) -> Data:
     With train/CLASS/* and val/CLASS/* (or test/), that split is the test set and validation is held out of train; with
     all three, each is what its name says; with CLASS/* alone, validation and test are both held out, stratified. RGB;
     scaled by the shorter side and cut to the centre. ValueError for a path that does not exist, no images, fewer than
-    two classes, a class without images or that train lacks, or an image that cannot be read.
+    two classes, a class without images or that train lacks, or an image that cannot be read. Where no labels are asked
+    for, there may be one class, or none: then validation and test are held out of all images.
     """
     tree, folders = picture_tree(Path(request.argument))
     by_split, how = _splits(tree, request)
-    depth = 1 if how == BY_CLASS else 2
+    depth = 1 if how in (BY_CLASS, NO_CLASS) else 2
     with_images = {path.parts[:depth] for path in tree}
     classes = {path.parts for path in folders if len(path.parts) == depth and not path.name.startswith(".")}
     for parts in sorted(classes - with_images):
-        if depth == 1 or split_of(parts[0]):
+        if how != NO_CLASS and (depth == 1 or split_of(parts[0])):
             raise empty_class(request.name, "/".join(parts))
     class_names = sorted({label for _, label in by_split["train"]})
     index = {label: i for i, label in enumerate(class_names)}
@@ -144,7 +146,7 @@ def load_folder(request: Request) -> Data:
                 f"The {split} split of {request.name!r} has the class {unknown[0]!r}, which train lacks; that has "
                 f"{', '.join(class_names[:10])}{' ...' if len(class_names) > 10 else ''}: rename or remove the folder."
             )
-    if len(class_names) < 2:
+    if len(class_names) < 2 and request.labelled:
         raise ValueError(f"{request.name!r} has one class only, {class_names[0]!r}; at least two are needed.")
     files = {split: [file for file, _ in samples] for split, samples in by_split.items()}
     labels = {split: np.array([index[label] for _, label in samples]) for split, samples in by_split.items()}
@@ -290,6 +292,8 @@ def _splits(
         named[split] = [(f, p.parts[1]) for p, f in tree.items() if p.parts[0] == top and len(p.parts) > 2]
     if not named and (samples := [(file, path.parts[0]) for path, file in tree.items() if len(path.parts) > 1]):
         named["train"] = samples
+    if not named and not request.labelled:
+        return {"train": [(file, "unlabelled") for file in tree.values()]}, NO_CLASS
     if not named:
         raise ValueError(f"{request.name!r} has images but no classes; put the images of each class in a folder.")
     depth = 2 if tops else 1

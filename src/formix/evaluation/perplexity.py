@@ -14,9 +14,12 @@ def perplexity(model: nn.Module, data: Data, split: str = "test", *, batch_size:
     Comparable between models with the same tokenizer and windows; bits per byte, which `evaluate` gives, between all.
 
     Raises:
-        ValueError: data of another task.
+        ValueError: data of another task, or in more tokens than the model's.
     """
     if data.task != "causal-lm":
         raise ValueError(f"Perplexity needs text for language modelling; {data.name!r} is data for {data.task}.")
+    has, own = data.vocab_size or 0, getattr(getattr(model, "config", None), "vocab_size", None)
+    if own is not None and has > own:
+        raise ValueError(f"{data.name!r} has {has} tokens and the model {own}; give the model's own tokenizer.")
     assert data.bytes_per_target is not None
     return 2.0 ** (evaluate(model, data, split, batch_size=batch_size) * data.bytes_per_target[split])

@@ -86,7 +86,9 @@ def normalised_for(model: Any, data: Data) -> Data:
     if "mean" not in cfg or "std" not in cfg:
         return data
     splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
-    return replace(data, **splits, in_chans=len(cfg["mean"]))
+    of_bytes = {name: [255 * value for value in cfg[name]] for name in ("mean", "std")}
+    provenance = {**data.provenance, "normalisation": {**of_bytes, "of": "pixels 0 to 255, the model's own"}}
+    return replace(data, **splits, in_chans=len(cfg["mean"]), provenance=provenance)
 
 
 def as_trained(model: Any, data: Data) -> Data:

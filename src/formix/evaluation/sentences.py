@@ -26,9 +26,14 @@ def sentence_embeddings(
         tokenizer: its tokenizer.
         sentences: N texts; cut to `max_length` tokens, or those that the model has positions for.
         batch_size: sentences in one forward pass, of similar length.
+
+    Raises:
+        ValueError: a tokenizer with more tokens than the model.
     """
     from formix.models.text import positions
 
+    if len(tokenizer) > (own := model.config.vocab_size):
+        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens and the model {own}; give the model's own.")
     trunk = model.base_model
     max_length = min(max_length, positions(model.config) or max_length)
     was_training, device = model.training, next(trunk.parameters()).device
