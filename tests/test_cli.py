@@ -83,6 +83,24 @@ def test_flags_may_be_apart_from_their_values(tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["config"]["data"] == "digits"
 
 
+def test_the_model_may_stand_first_or_last(capsys):
+    from formix.commands.arguments import split_one
+    from formix.commands.export import ExportConfig
+
+    flags = ["--out", "x.onnx", "--cache", "--opset=20"]
+    for arguments in (
+        ["my-gpt2", *flags],
+        [*flags, "my-gpt2"],
+        ["--cache", "my-gpt2", "--out", "x.onnx", "--opset=20"],
+    ):
+        named, rest = split_one("export", arguments, ExportConfig)
+        assert named == "my-gpt2"
+        assert sorted(rest) == ["--cache", "--opset=20", "--out=x.onnx"]
+    for verb in ("export", "eval", "analyze", "convert", "train"):
+        assert main([verb, "one", "--seed=1", "two"]) == 2
+        assert f"'one', 'two' stand without a flag, and formix {verb} takes one" in capsys.readouterr().err
+
+
 def test_report_makes_the_page_and_the_table_again(tmp_path, capsys):
     assert main(["compare", "--data=digits", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
     results = str(tmp_path / "out" / "results.json")

@@ -26,6 +26,7 @@ def place(tmp_path_factory):
     run = root / "runs" / "digits"
     assert main(["train", "--data=digits", "--design=relu", *RUN, f"--out={run}"]) == 0
     formix.save(model_of("bert", "relu"), root / "my-bert")
+    formix.save(model_of("gpt2", "relu"), root / "my-gpt2")
     return root
 
 
@@ -44,6 +45,7 @@ def test_commands(command, place, monkeypatch, capsys):
 
 def test_the_python_runs(place, monkeypatch):
     monkeypatch.chdir(place)
+    assert main(["export", "my-gpt2", "--out=served/gpt2.onnx", "--cache"]) == 0
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert blocks
     for block in blocks:

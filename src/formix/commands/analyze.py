@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formix.commands.arguments import parse
+from formix.commands.arguments import parse_model
 
 if TYPE_CHECKING:
     from formix.data import Data
@@ -37,8 +37,7 @@ def analyze(arguments: list[str]) -> int:
     from formix.models.directory import read_config
     from formix.models.text import as_choices
 
-    named = [f"--model={a}" for a in arguments[:1] if not a.startswith("-")]
-    config = parse(AnalyzeConfig, "analyze", [*named, *arguments[len(named) :]])
+    config = parse_model(AnalyzeConfig, "analyze", arguments)
     if config.batches < 1 or config.batch_size < 1:
         raise ValueError(f"batches is {config.batches} and batch_size {config.batch_size}; both must be 1 or more.")
     stored = read_config(Path(config.model))

@@ -33,9 +33,11 @@ def parse_several(config_classes: Sequence[Any], verb: str, flags: list[str]) ->
         raise ValueError(f"{flags[1]}: {error}") from None
 
 
-def split_named(config_class: Any, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_named(arguments: Sequence[str], *config_classes: Any) -> tuple[list[str], list[str]]:
     """What stands without a flag, and the flags, each with its value: --top 3 is --top=3; - is no flag."""
-    kinds, named, flags = get_type_hints(config_class), [], []
+    kinds = {name: kind for config_class in config_classes for name, kind in get_type_hints(config_class).items()}
+    named: list[str] = []
+    flags: list[str] = []
     left = list(arguments)
     while left:
         argument = left.pop(0)
@@ -48,6 +50,27 @@ def split_named(config_class: Any, arguments: Sequence[str]) -> tuple[list[str],
             argument += f"={left.pop(0)}"
         flags.append(argument)
     return named, flags
+
+
+def split_one(verb: str, arguments: Sequence[str], *config_classes: Any) -> tuple[str | None, list[str]]:
+    """The one argument that stands without a flag, first or last, or None; and the flags.
+
+    Raises:
+        ValueError: several.
+    """
+    named, flags = split_named(arguments, *config_classes)
+    if len(named) > 1:
+        raise ValueError(
+            f"{', '.join(map(repr, named))} stand without a flag, and formix {verb} takes one such argument; "
+            f"formix {verb} --help lists the flags."
+        )
+    return (named[0] if named else None), flags
+
+
+def parse_model(config_class: Any, verb: str, arguments: Sequence[str]) -> Any:
+    """The dataclass whose `model` may stand without its flag."""
+    model, flags = split_one(verb, arguments, config_class)
+    return parse(config_class, verb, flags if model is None else [f"--model={model}", *flags])
 
 
 def _parsed(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[Any]:

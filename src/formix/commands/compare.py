@@ -45,7 +45,7 @@ def _configs(arguments: list[str]) -> list[CompareConfig]:
     """One configuration per study file, or one of the flags alone; flags override the files."""
     from formix.comparison import CompareConfig
 
-    studies, flags = split_named(CompareConfig, arguments)
+    studies, flags = split_named(arguments, CompareConfig)
     if not studies:
         return [parse(CompareConfig, "compare", flags)]
     configs = []

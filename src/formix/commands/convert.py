@@ -8,7 +8,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formix.commands.arguments import names, parse
+from formix.commands.arguments import names, parse, split_one
 
 if TYPE_CHECKING:
     from formix.conversion.output import ConversionDirectory
@@ -99,9 +99,8 @@ def convert(arguments: list[str]) -> int:
 
 
 def _config(arguments: list[str]) -> tuple[str, ConvertConfig]:
-    """The name of the study and what it asks for; the first argument may be a source or a study's YAML."""
-    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    flags = arguments if first is None else arguments[1:]
+    """The name of the study and what it asks for; what stands without a flag is a source or a study's YAML."""
+    first, flags = split_one("convert", arguments, ConvertConfig)
     if first is not None and first.endswith((".yaml", ".yml")):
         if not Path(first).is_file():
             raise ValueError(f"{first} is no file; give a study's YAML.")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from formix.commands.arguments import parse
+from formix.commands.arguments import parse_model
 
 if TYPE_CHECKING:
     from formix.data import Data
@@ -48,8 +48,7 @@ def evaluate(arguments: list[str]) -> int:
     from formix.training import evaluate as measure
     from formix.training.job import trained_model
 
-    named = [f"--model={a}" for a in arguments[:1] if not a.startswith("-")]
-    config = parse(EvalConfig, "eval", [*named, *arguments[len(named) :]])
+    config = parse_model(EvalConfig, "eval", arguments)
     if config.batch_size < 1:
         raise ValueError(f"batch_size is {config.batch_size}; it must be 1 or more.")
     directory, trained = trained_model(Path(config.model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from formix.commands.arguments import parse
+from formix.commands.arguments import parse_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,7 @@ class ExportConfig:
 
 def export(arguments: list[str]) -> int:
     """Write a model for PyTorch without formix, ONNX Runtime or OpenVINO: formix export DIR --out=FILE."""
-    named = [f"--model={a}" for a in arguments[:1] if not a.startswith("-")]
-    config = parse(ExportConfig, "export", [*named, *arguments[len(named) :]])
+    config = parse_model(ExportConfig, "export", arguments)
 
     from formix.export import export_model
 

@@ -55,7 +55,7 @@ def predict(arguments: list[str]) -> int:
     from formix.models.text import task_of
     from formix.training.job import trained_model
 
-    named, flags = split_named(PredictConfig, arguments)
+    named, flags = split_named(arguments, PredictConfig)
     if named and not any(flag.split("=")[0] == "--model" for flag in flags):
         flags.append(f"--model={named.pop(0)}")
     if named:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formix.commands.arguments import parse_several
+from formix.commands.arguments import parse_several, split_one
 
 if TYPE_CHECKING:
     from formix.data import Data
@@ -120,10 +120,9 @@ def _configs(arguments: list[str]) -> tuple[JobConfig, TrainConfig]:
     from formix.training.job import JobConfig
     from formix.training.recipes import recipe_path
 
-    files = [a for a in arguments[:1] if not a.startswith("-")]
-    flags = arguments[len(files) :]
-    if files:
-        path = Path(files[0]) if files[0].endswith((".yaml", ".yml")) else recipe_path(files[0])
+    named, flags = split_one("train", arguments, JobConfig, TrainConfig)
+    if named is not None:
+        path = Path(named) if named.endswith((".yaml", ".yml")) else recipe_path(named)
         if not path.is_file():
             raise ValueError(f"{path} is no file; give the YAML of a run, or a recipe's name.")
         flags = ["--config", str(path), *flags]
