@@ -33,6 +33,7 @@ from formix.training.parallel import (
     distribute,
     from_first,
     gathered,
+    local,
     process_count,
     start,
     summed,
@@ -159,6 +160,8 @@ class _Run:
             if not evaluate and self.place.step % self.look_every:
                 continue
             steps, stop, save = self._look(box, progress)
+            if self.result.diverged is None and (evaluate or save or stop):
+                self.result.diverged = self._spoilt()
             if self.result.diverged is not None:
                 if not self._rewind():
                     break
@@ -252,6 +255,13 @@ class _Run:
         self.place.loss_sum += step.loss
         self.place.loss_count += 1
         return None
+
+    def _spoilt(self) -> str | None:
+        """What is wrong with the weights, in words, before they are evaluated or kept: the next loss is too late."""
+        finite = all(bool(local(p.detach()).isfinite().all()) for p in self.whole.parameters())
+        if not summed(torch.tensor(float(not finite), device=self.device)).item():
+            return None
+        return f"weights became NaN or infinite by step {self.place.step} with learning rate {self.config.lr:g}"
 
     def _evaluate(self, progress: float) -> Point:
         with self.clock:
