@@ -50,7 +50,8 @@ USAGE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, which would all warn of the same
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if first else logging.ERROR)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: formix VERB ...\n\n" + "\n".join(f"  {n:16} {_summary(f)}" for n, f in VERBS.items()))
         print("\nformix VERB --help lists the flags of a verb.")

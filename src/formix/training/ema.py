@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from formix.training.parallel import local
 
 
 class Ema:
@@ -34,8 +35,8 @@ class Ema:
         theirs: list[Tensor] = []
         for name, tensor in _averaged(model):
             if tensor.is_floating_point():
-                mine.append(_local(self.weights[name]))
-                theirs.append(_local(tensor))
+                mine.append(local(self.weights[name]))
+                theirs.append(local(tensor))
             else:
                 self.weights[name].copy_(tensor)
         torch._foreach_lerp_(mine, theirs, 1 - decay)
@@ -53,12 +54,12 @@ class Ema:
     def copy_to(self, model: nn.Module) -> None:
         """Give the model the averaged weights for good."""
         for name, tensor in _averaged(model):
-            _local(tensor).copy_(_local(self.weights[name]))
+            local(tensor).copy_(local(self.weights[name]))
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
         for name, tensor in _averaged(model):
-            own, average = _local(tensor), _local(self.weights[name])
+            own, average = local(tensor), local(self.weights[name])
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)
@@ -72,7 +73,3 @@ def _averaged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
