@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 # transformers' names: where the embeddings end and the layers are; whatever matches neither is the head
 _TRANSFORMERS_LAYERS = {
     "stem": r"(?:.*\.)?(?:embeddings|wte|wpe|embed_tokens)\.",
-    "blocks": r"(?:.*\.)?(?:layer|layers|h)\.(\d+)\.",
+    "blocks": [
+        (r"(?:.*\.)?stages\.(\d+)\.layers\.(\d+)\.", None),
+        (r"(?:.*\.)?stages\.(\d+)\.", (-1,)),  # CvT's: a stage's embedding is below its layers
+        (r"(?:.*\.)?(?:layer|layers|h)\.(\d+)\.", None),
+    ],
 }
 
 
