@@ -2,7 +2,9 @@
 
 import csv
 import json
+import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,6 +246,26 @@ def test_a_plan_is_measured_where_the_run_will_be(monkeypatch, capsys):
     assert capsys.readouterr().out == "measured on the GPU\n"
 
 
+@pytest.mark.parametrize("verb", ["plan", "eval"])
+def test_of_several_processes_the_first_alone_prints(verb, trained, monkeypatch, capsys):
+    command = ["train", *SMALL, "--plan"] if verb == "plan" else ["eval", str(trained)]
+    for process in (1, 0):
+        monkeypatch.setattr("formix.training.parallel.process_count", lambda process=process: (process, 2))
+        capsys.readouterr()
+        assert main(command) == 0
+        assert bool(capsys.readouterr().out) is (process == 0)
+
+
+def test_of_several_processes_the_first_alone_warns(monkeypatch):
+    settings = {}
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    monkeypatch.setattr("logging.basicConfig", lambda **given: settings.update(given))
+    for process, level in (("1", logging.ERROR), ("0", logging.WARNING)):
+        monkeypatch.setenv("RANK", process)
+        assert main(["designs"]) == 0
+        assert settings["level"] == level
+
+
 def test_diagnostics_have_every_layer_at_every_evaluation_and_change_nothing(trained, tmp_path):
     out = tmp_path / "out"
     assert main(["train", *SMALL, "--diagnostics", "--trackers=tensorboard", f"--out={out}"]) == 0
@@ -287,6 +309,28 @@ def test_a_run_that_returns_to_a_checkpoint_leaves_no_rows_of_what_it_left(tmp_p
     assert (tmp_path / "diagnostics.csv").read_text().splitlines() == ["step,figure,layer,value"]
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "diagnostics.csv"])
+def test_a_damaged_table_of_a_run_that_goes_on_is_named(name, trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    shutil.rmtree(max((out / "checkpoints").glob("step-*")))
+    (out / name).write_bytes(b"step,loss\n1,\xb3\n")
+    command = ["train", *SMALL, f"--out={out}"]
+    assert main(command) == 2
+    assert f"{out / name} is damaged" in capsys.readouterr().err
+    (out / name).unlink()
+    assert main(command) == 0
+
+
+def test_damaged_settings_of_a_run_are_named(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    (out / "config.json").write_text("{")
+    assert main(["eval", str(out)]) == 2
+    assert f"{out / 'config.json'} is damaged" in capsys.readouterr().err
+    assert main(["eval", str(out / "model"), "--data=digits", "--limit=128"]) == 0
+
+
 WRONG = {
     "recipe": (["train", "deti"], "'deti' is no recipe"),
     "missing file": (["train", "none.yaml"], "none.yaml is no file"),
@@ -317,9 +361,11 @@ WRONG = {
     ),
     "masked images": (["train", "--task=masked-lm"], "masked-lm needs text"),
     "taken directory": (["train", "--out={tmp}/thesis"], "no training run of formix's"),
+    "a model's directory": (["train", "--out={tmp}/model"], "model exists and is no training run of formix's"),
     "another rate": (["train", *SMALL, "--lr=0.5", "--out={trained}"], "with lr 0.001 and this one has lr 0.5"),
     "another design": (["train", *SMALL, "--design=paf", "--out={trained}"], "with design relu and this one has"),
     "a tracker": (["train", "--trackers=diary", "--out={tmp}/out"], "'diary' is no tracker"),
+    "a tracker twice": (["train", "--trackers=tensorboard,tensorboard", "--out={tmp}/out"], "something is named twice"),
     "evaluation of nothing": (["eval", "{tmp}/none", "--data=digits"], "none is no model directory"),
     "evaluation without data": (["eval", "{trained}/model"], "give --data"),
     "evaluation of other classes": (["eval", "{trained}/model", "--data=text:{tmp}/a.txt"], "reads images, which"),
@@ -342,6 +388,8 @@ def test_what_is_wrong_is_said_in_one_sentence(case, trained, tmp_path, capsys):
         (tmp_path / f"{name}.yaml").write_text(f"data: digits\n{content}\n")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("important")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
     assert main([a.format(tmp=tmp_path, trained=trained) if "{t" in a else a for a in arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()

@@ -51,7 +51,10 @@ USAGE = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, which would all warn of the same
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if first else logging.ERROR)
+    if not first:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # those of transformers' loading, too
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print("usage: formix VERB ...\n\n" + "\n".join(f"  {n:16} {_summary(f)}" for n, f in VERBS.items()))
         print("\nformix VERB --help lists the flags of a verb.")

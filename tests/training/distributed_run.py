@@ -42,7 +42,10 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         directory = settings.get("checkpoints")
         checkpoints = Checkpoints(Path(directory, design), minutes=0) if directory else None
         # odd batches, so that one process has a sample fewer, and the last batch of an epoch is smaller
-        config = TrainConfig(epochs=5.0, batch_size=31, accumulation=2, ema=0.9, precision="float32", evaluations=2)
+        changes = settings.get("config", {})
+        config = TrainConfig(
+            epochs=5.0, batch_size=31, accumulation=2, ema=0.9, precision="float32", evaluations=2, **changes
+        )
         parallel = settings.get("parallel", "ddp")
         try:
             result = train(model, data, config, checkpoints=checkpoints, parallel=parallel, on_step=on_step)
@@ -83,8 +86,8 @@ def start(processes: int, target: Any, *arguments: Any) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-    ranks = [{**environment, "MASTER_PORT": port, "RANK": r, "LOCAL_RANK": r} for r in range(processes)]
+    environment = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+    ranks = [{**environment, "MASTER_PORT": port, "RANK": r} for r in range(processes)]
     children = [SERVER.Process(target=target, args=(rank, *arguments)) for rank in ranks]
     for child in children:
         child.start()

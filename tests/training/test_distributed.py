@@ -75,6 +75,12 @@ def test_a_run_begun_on_one_process_ends_on_two(tmp_path):
     assert_same(undisturbed(*designs), ended)
 
 
+def test_shards_are_trained_by_sgd_too(tmp_path):
+    settings = {"designs": ["relu"], "config": {"optimizer": "sgd", "lr": 0.01}}
+    ended = distributed_run.launch(2, tmp_path / "out", {**settings, "parallel": "fsdp"})
+    assert_same(distributed_run.main(settings), ended)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_the_usual_launchers_start_it(tmp_path, launcher):

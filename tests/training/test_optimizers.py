@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,20 @@ def test_layer_decay_falls_by_its_factor_from_layer_to_layer(make_model, name):
     assert group_of(optimizer, head)["lr"] == pytest.approx(1e-2)
     assert group_of(optimizer, stem)["lr"] == pytest.approx(1e-2 * 0.5 ** (depth + 1))
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_layer_decay_counts_the_layers_of_all_stages():
+    sizes = {"embed_dim": [4, 4, 8], "depth": [1, 2, 1], "num_heads": [1, 1, 2]}
+    model = formix.create_model("cvt-13", "relu", in_chans=1, num_classes=10, **sizes)
+    optimizer = make_optimizer(model, TrainConfig(layer_decay=0.5, lr=1.0))
+    set_learning_rate(optimizer, 1.0)
+    rates = {}
+    for name, parameter in model.named_parameters():
+        if found := re.match(r"cvt\.encoder\.stages\.(\d)\.(?:layers\.(\d))?", name):
+            rates.setdefault(found.groups(), set()).add(group_of(optimizer, parameter)["lr"])
+    order = [("0", None), ("0", "0"), ("1", None), ("1", "0"), ("1", "1"), ("2", None), ("2", "0")]
+    assert rates == {place: {0.5 ** (len(order) - number)} for number, place in enumerate(order)}
+    assert group_of(optimizer, model.classifier.weight)["lr"] == 1.0
 
 
 def test_layer_decay_of_a_model_without_layers_is_refused():

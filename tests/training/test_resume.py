@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
+import formix
 from formix.data.augmentation import Augmentation
 from formix.training import Checkpoints, Interrupted, Step, TrainConfig, train
 
@@ -132,14 +133,17 @@ def test_a_loss_spike_returns_to_the_checkpoint_and_leaves_out_the_data(run, tmp
     assert result.diverged is None
     assert result.rewinds == 2
     assert "nan at step 6" in caplog.text
+    assert "aside-step-000000004: the run diverged from it again" in caplog.text
     assert result.curve[-1].step == 12
     state = json.loads((max(tmp_path.glob("step-*")) / "state.json").read_text())
     # 17 batches were used, 5 without effect: the first return is to step 4, the second, from there, to step 2
     assert (state["place"]["epoch"], state["place"]["batch"]) == (4, 1)
 
 
-def test_weights_that_are_not_finite_are_not_written(tmp_path, digits, make_model, caplog):
-    """The step before a checkpoint makes them NaN, after its loss was seen to be a number."""
+@pytest.mark.parametrize("spoilt_at", [6, 12])  # before a checkpoint; in the last step
+@pytest.mark.parametrize("on_divergence", ["rewind", "stop"])
+def test_weights_that_are_no_numbers_are_never_kept(tmp_path, digits, make_model, on_divergence, spoilt_at):
+    """A step makes the weights NaN, after its loss was seen to be a number."""
     from formix.training import Objective, task_objective
 
     normal, calls = task_objective(digits), []
@@ -147,15 +151,22 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path, digits, make_mode
     def loss(model, batch):
         calls.append(len(calls))
         zero = (model.head.bias * 0).sum()
-        return normal.loss(model, batch) + (zero.sqrt() if len(calls) == 6 else 0)  # 0 with the gradient inf * 0
+        return normal.loss(model, batch) + (zero.sqrt() if len(calls) == spoilt_at else 0)  # 0, the gradient inf * 0
 
     objective = Objective(loss=loss, metric=normal.metric, higher_is_better=True)
-    config = TrainConfig(epochs=3.0, batch_size=32, precision="float32", on_divergence="rewind", clip=0.0)
+    config = TrainConfig(
+        epochs=3.0, batch_size=32, precision="float32", evaluations=3, on_divergence=on_divergence, clip=0.0
+    )
     model = make_model()
-    result = train(model, digits, config, objective=objective, checkpoints=Checkpoints(tmp_path, steps=2, keep=9))
-    assert (result.diverged, result.rewinds) == (None, 1)
-    assert "the weights are not finite after step 6" in caplog.text
-    assert all(tensor.isfinite().all() for tensor in states(model))
+    result = train(model, digits, config, objective=objective, checkpoints=Checkpoints(tmp_path, steps=2, keep=1))
+    if on_divergence == "rewind":
+        assert (result.diverged, result.rewinds, result.curve[-1].step) == (None, 1, 12)
+        assert all(tensor.isfinite().all() for tensor in states(model))
+    else:
+        assert f"the weights are not finite after step {spoilt_at} " in result.diverged
+        assert result.validation is None
+        kept = formix.load(Checkpoints(tmp_path).open() / "model")
+        assert all(tensor.isfinite().all() for tensor in states(kept))
 
 
 def test_weights_that_are_spoilt_in_the_checkpoint_are_left_for_those_before(tmp_path, digits, make_model, caplog):

@@ -47,6 +47,7 @@ def evaluate(arguments: list[str]) -> int:
     from formix.evaluation.probe import as_trained
     from formix.training import evaluate as measure
     from formix.training.job import trained_model
+    from formix.training.parallel import joined, process_count
 
     config = parse_model(EvalConfig, "eval", arguments)
     if config.batch_size < 1:
@@ -63,7 +64,11 @@ def evaluate(arguments: list[str]) -> int:
     if job.tokenizer is not None:
         _check_tokenizer(data.tokenizer, job.tokenizer, directory)
     _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
-    value = measure(model, data, config.split, batch_size=config.batch_size)
+    with joined():  # several processes share the work
+        value = measure(model, data, config.split, batch_size=config.batch_size)
+        first = process_count()[0] == 0
+    if not first:
+        return 0
     figures = {
         "metric": data.metric,
         "split": config.split,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from formix.commands.arguments import parse_several, split_one
+from formix.commands.arguments import names, parse_several, split_one
 
 if TYPE_CHECKING:
     from formix.data import Data
@@ -47,7 +47,8 @@ def train(arguments: list[str]) -> int:
     describe_data(model, data, training.loss)
     if job.plan:
         with joined() as accelerator:
-            print(plan(model, data, training, accelerator.device))
+            if process_count()[0] == 0:
+                print(plan(model, data, training, accelerator.device))
         return 0
     with contextlib.ExitStack() as at_end:
         at_end.enter_context(joined())
@@ -66,7 +67,7 @@ def train(arguments: list[str]) -> int:
         together(lambda: out.claim(combined(job, training)), first_only=True, otherwise=f"{out.path} cannot be used")
         metrics, diagnostics = MetricsFile(out.metrics, job.log_steps), DiagnosticsFile(out.diagnostics)
         probe = data.validation.__getitems__(range(min(PROBE, len(data.validation))))
-        trackers = Trackers([n for n in job.trackers.split(",") if n], out.path, combined(job, training))
+        trackers = Trackers(names(job.trackers, "trackers", empty=True), out.path, combined(job, training))
         at_end.callback(trackers.finish)  # also of a run that a signal or a divergence ends
         with _display(training, data) if first else contextlib.nullcontext(lambda step: None) as show:
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from formix.training.parallel import local
 
 
 class Ema:
@@ -72,7 +73,3 @@ def _averaged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -86,8 +86,17 @@ class OutputDirectory:
         self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
         self._lock = FileLock(self.path / LOCK, timeout=PATIENCE)
         taken = self.path.exists() and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir()))
-        if taken and not self.config.is_file():
+        if taken and not self._is_of_a_run():
             raise ValueError(f"{self.path} exists and is no training run of formix's; choose another with --out.")
+
+    def _is_of_a_run(self) -> bool:
+        """Whether config.json is a run's: a model has one too, which must not be written over."""
+        if self.checkpoints.is_dir():
+            return self.config.is_file()
+        try:
+            return {"data", "out", "lr"} <= json.loads(self.config.read_text()).keys()
+        except (OSError, ValueError, AttributeError):
+            return False
 
     def claim(self, config: dict[str, Any]) -> None:
         """Write down what runs there; a run with checkpoints stays, since they decide who may go on with it.
@@ -132,7 +141,10 @@ def trained_model(directory: Path) -> tuple[Path, dict[str, Any]]:
     out = OutputDirectory(directory)
     if not out.model.is_dir():
         raise ValueError(f"{out.path} has no model yet; finish its training, or give a checkpoint's model directory.")
-    return out.model, json.loads(out.config.read_text())
+    try:
+        return out.model, json.loads(out.config.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out.config} is damaged ({error}); give {out.model} instead.") from None
 
 
 class _StepsFile:
@@ -194,8 +206,11 @@ def _keep_before(path: Path, step: int) -> None:
     """Remove the rows from `step` on, and one that was not written whole; the first column is the step."""
     if not path.exists():
         return
-    header, *rows = path.read_text().splitlines(keepends=True) or [""]
-    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) < step]
+    try:
+        header, *rows = path.read_text().splitlines(keepends=True) or [""]
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) < step]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); repair or remove it, and start the run again.") from None
     write_atomically(path, "".join([header, *kept]) if header.endswith("\n") else "")
     if not header.endswith("\n"):
         path.unlink()

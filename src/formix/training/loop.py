@@ -25,7 +25,7 @@ from formix.training.acceleration import autocast_dtype, recompute_activations
 from formix.training.checkpoint import Checkpoints
 from formix.training.clock import Clock
 from formix.training.config import TrainConfig
-from formix.training.ema import Ema, local
+from formix.training.ema import Ema
 from formix.training.optimizers import make_optimizer, set_learning_rate
 from formix.training.order import BatchOrder
 from formix.training.parallel import (
@@ -33,6 +33,7 @@ from formix.training.parallel import (
     distribute,
     from_first,
     gathered,
+    local,
     process_count,
     start,
     summed,

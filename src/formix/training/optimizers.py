@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -15,12 +16,16 @@ if TYPE_CHECKING:
 # transformers' names: where the embeddings end and the layers are; whatever matches neither is the head
 _TRANSFORMERS_LAYERS = {
     "stem": r"(?:.*\.)?(?:embeddings|wte|wpe|embed_tokens)\.",
-    "blocks": r"(?:.*\.)?(?:layer|layers|h)\.(\d+)\.",
+    "blocks": [
+        (r"(?:.*\.)?stages\.(\d+)\.layers\.(\d+)\.", None),
+        (r"(?:.*\.)?stages\.(\d+)\.", (-1,)),  # CvT's: a stage's embedding is below its layers
+        (r"(?:.*\.)?(?:layer|layers|h)\.(\d+)\.", None),
+    ],
 }
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimiser that the config names, in torch's fused implementation.
+    """The optimiser that the config names, in torch's fused implementation where it has one.
 
     Biases, norms and what the model's `no_weight_decay()` names are not decayed. With `layer_decay` r, the learning
     rate of layer i of L is multiplied by r^(L - i) (`lr_scale` of its group), as in BEiT's fine-tuning. With
@@ -34,6 +39,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     settings: dict[str, Any] = {"opt": config.optimizer, "lr": config.lr, "weight_decay": decay, "fused": True}
     if config.optimizer == "sgd":  # timm's has Nesterov's momentum
         settings["momentum"] = config.beta1
+        settings["fused"] = not any(isinstance(p, DTensor) for p in model.parameters())  # PyTorch's has no shards
     else:
         settings |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.layer_decay == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -16,9 +17,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 Parallel = Literal["ddp", "fsdp"]
+MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # which accelerate reads
 TIMEOUT = timedelta(minutes=10)  # how long the others are waited for
 
 
@@ -26,13 +29,31 @@ def start() -> Accelerator:
     """Join the processes that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, ...), or be alone.
 
     Raises:
-        ValueError: some of them do not appear within `TIMEOUT`.
+        ValueError: some of them do not appear within `TIMEOUT`, or the environment does not say which process this is.
     """
+    _check_environment()
     try:
         return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
     except dist.DistError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"Not all processes of this run appeared within {TIMEOUT} ({reason}).") from None
+
+
+def _check_environment() -> None:
+    """PyTorch's own four variables are enough; accelerate, without LOCAL_RANK, would take this process to be alone."""
+    given = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "MASTER_PORT") if os.environ.get(name)}
+    for name, value in given.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name} in the environment is {value!r}; it must be a whole number, 0 or more.")
+    processes = int(given.get("WORLD_SIZE", 1))
+    if processes == 1 or any(name in os.environ for name in MPI_RANKS):
+        return
+    if int(given.get("RANK", processes)) >= processes:
+        raise ValueError(
+            f"WORLD_SIZE in the environment is {processes} and RANK is {given.get('RANK', 'not set')}; give each "
+            f"process one of 0 to {processes - 1}, or start them with torchrun."
+        )
+    os.environ.setdefault("LOCAL_RANK", str(int(given["RANK"]) % max(1, torch.cuda.device_count())))
 
 
 @contextlib.contextmanager
@@ -90,6 +111,11 @@ def distribute(model: nn.Module, how: Parallel, device: torch.device) -> nn.Modu
 def whole(model: nn.Module) -> nn.Module:
     """The model inside the copy that `distribute` made."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: a sharded one's shard, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
