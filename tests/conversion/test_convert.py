@@ -331,6 +331,7 @@ def test_layers_that_stay_are_the_sources_own() -> None:
     assert [(k.mixer, k.layout, k.source) for k in kept] == [(w.mixer, w.layout, w.source) for w in was]
     assert chosen.layer(1, depth).mixer.kind == "softmax"
     assert [change.layer for change in plan(source, "paf", layers="1").layers] == [1]
+    assert "layer 2: pointwise; series; none reads layer 1's any more" in str(plan(source, "relu"))
     same = formix.convert(formix.convert(make("bert"), "relu"), "relu", layers="1")
     torch.testing.assert_close(
         run(same, inputs(same)), run(formix.convert(make("bert"), "relu"), inputs(same)), rtol=0, atol=1e-10
@@ -631,6 +632,7 @@ def test_what_lies_beside_a_model_on_the_hub_goes_along(tmp_path) -> None:
     subprocess.run([sys.executable, "-m", "formix.cli", *command], env=environment, check=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (snapshot / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["source"]["place"] == "org/tiny"
 
 
 def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -> None:

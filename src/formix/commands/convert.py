@@ -83,7 +83,7 @@ def convert(arguments: list[str]) -> int:
     recovery, _ = _recovery(config)
     torch.manual_seed(recovery.seed)  # of a head that the source's weights lack
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
-    config = dataclasses.replace(config, source=str(files_beside(config.source, source)))
+    named, config = config.source, dataclasses.replace(config, source=str(files_beside(config.source, source)))
     _refuse_metrics(source, config)
     opened = open_source(source)
     for design in designs:  # before the first of them takes its time
@@ -94,7 +94,7 @@ def convert(arguments: list[str]) -> int:
         if config.dry_run:
             print(plan_conversion(source, design, layers=config.layers, keep=config.keep))
             continue
-        _convert(source, dataclasses.replace(config, design=design), study, outs[design])
+        _convert(source, named, dataclasses.replace(config, design=design), study, outs[design])
     return 0
 
 
@@ -109,7 +109,7 @@ def _config(arguments: list[str]) -> tuple[str, ConvertConfig]:
     return Path(config.source).name, config
 
 
-def _convert(source: Any, config: ConvertConfig, study: str, out: ConversionDirectory) -> None:
+def _convert(source: Any, named: str, config: ConvertConfig, study: str, out: ConversionDirectory) -> None:
     from formix.conversion.record import Conversion
     from formix.conversion.report import measure_speed
     from formix.conversion.summary import write_record
@@ -123,7 +123,7 @@ def _convert(source: Any, config: ConvertConfig, study: str, out: ConversionDire
         conversion = model.conversion
         conversion.request = request
         if Conversion.of(source) is None:  # else that of an earlier conversion is named
-            conversion.source |= {"place": config.source, "checkpoint": config.checkpoint}
+            conversion.source |= {"place": named, "checkpoint": config.checkpoint}
         if config.recover is not None:
             conversion.speed = measure_speed(source, model)
         out.save(model)

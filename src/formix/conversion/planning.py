@@ -29,6 +29,7 @@ class LayerChange:
     mixer: str  # "softmax -> pointwise"
     layout: str  # "series -> parallel, post-norm"
     keys_of: int | None  # the layer whose keys and values some of its heads read
+    keys_were_of: int | None = None  # and in the source
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,7 @@ class Plan:
         lines += [
             f"  layer {c.layer}: {c.mixer}; {c.layout}"
             + ("" if c.keys_of is None else f"; some heads read keys and values of layer {c.keys_of}")
+            + ("" if c.keys_were_of in (None, c.keys_of) else f"; none reads layer {c.keys_were_of}'s any more")
             for c in self.layers
         ]
         lines += ["", f"  kept     {len(self.kept)} tensors"]
@@ -89,6 +91,7 @@ def layer_changes(before: list[LayerDesign] | None, after: list[LayerDesign], ow
                 mixer=new[0] if same_mixer else f"{old[0]} -> {new[0]}",
                 layout=new[1] if old[1] == new[1] else f"{old[1]} -> {new[1]}",
                 keys_of=layer.source,
+                keys_were_of=old[2],
             )
         )
     return changes

@@ -26,7 +26,7 @@ from formix.layers import attend, compose
 from formix.layers.attention import GATES
 from formix.layers.layout import norm_position, norms_used
 from formix.models.image import check_sizes
-from formix.models.loading import check_loaded, known_fields, refusals_named
+from formix.models.loading import check_loaded, known_fields, read_weights, refusals_named
 
 # name -> fields of transformers' config that differ from its defaults, which are those of CvT-13
 SIZES: dict[str, dict[str, Any]] = {
@@ -250,11 +250,10 @@ def from_directory(
     with refusals_named(str(directory), config):
         built = FormixCvtConfig(**(fields | given), design=chosen.to_dict())
     _check_stages(built)
-    model, report = _class_for(task).from_pretrained(
+    model, report = read_weights(
+        _class_for(task),
         directory,
         config=built,
-        local_files_only=True,
-        output_loading_info=True,
         ignore_mismatched_sizes=not own_task,  # the classifier of other classes; anything else is refused below
     )
     as_saved = own_task and design is None and stored["model_type"] == FormixCvtConfig.model_type

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,19 @@ def refusals_named(name: str, config: Mapping[str, Any]) -> Iterator[None]:
     except (StrictDataclassError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name!r} cannot be built with {dict(config)}: {reason}") from None
+
+
+def read_weights(model_class: Any, directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """transformers' `from_pretrained` on the directory's files alone: the model, and what it says of loading.
+
+    Raises:
+        ValueError: the files cannot be read; nothing that they hold is executed.
+    """
+    try:
+        return model_class.from_pretrained(directory, local_files_only=True, output_loading_info=True, **options)
+    except (pickle.UnpicklingError, LookupError, EOFError, OSError) as error:  # damaged pickles raise any of these
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['empty'])[0]}"
+        raise ValueError(f"The weights in {directory} cannot be read ({reason}); save the model again.") from None
 
 
 def check_loaded(model: Any, report: Mapping[str, Any], directory: Path, *, layers: str, whole: bool) -> None:

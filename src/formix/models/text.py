@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from formix.design import Design
 from formix.design import design as find_design
 from formix.models import bert, distilbert, gpt2, llama, roberta
-from formix.models.loading import check_loaded, known_fields, refusals_named
+from formix.models.loading import check_loaded, known_fields, read_weights, refusals_named
 
 _COUNTS = {  # fields of the configs that count something
     "n_embd", "n_layer", "n_head", "n_positions", "dim", "n_layers", "n_heads", "hidden_dim",
@@ -209,11 +209,10 @@ def from_directory(
     fields = {k: v for k, v in source.to_dict().items() if k not in ("model_type", "design")}
     with refusals_named(str(directory), config):
         new_config = config_class(**(fields | given), design=chosen.to_dict())
-    model, report = _class_for(family, task).from_pretrained(
+    model, report = read_weights(
+        _class_for(family, task),
         directory,
         config=new_config,
-        local_files_only=True,
-        output_loading_info=True,
         key_mapping=_RENAMED.get(family),
         ignore_mismatched_sizes=not own_task,  # the head of another number of labels; anything else is refused below
     )
