@@ -51,10 +51,8 @@ def texts():
         ("torch", "gpt2", MIXED, {}),
         ("torch", "llama", "relu", WINDOW),
         ("onnx", "gpt2", "relu+paf+skip", {}),
-        pytest.param("torch", "gpt2", "softmax", {}, marks=pytest.mark.slow),
         pytest.param("onnx", "llama", "softmax", WINDOW, marks=pytest.mark.slow),
         pytest.param("openvino", "llama", "relu+skip", {}, marks=pytest.mark.slow),
-        pytest.param("openvino", "gpt2", MIXED, {}, marks=pytest.mark.slow),
     ],
 )
 def test_the_file_writes_what_generate_does(format, family, design, more, tmp_path):
