@@ -107,6 +107,8 @@ def test_fixed_sizes_and_few_positions(tmp_path):
     sheet = export_model(model, tmp_path / "one.pt2", cache=True, batch=1, tokens=1)
     assert sheet.inputs[1].shape == (1, "past + 1")
     assert list(sheet.axes) == ["past"]
+    with pytest.raises(ValueError, match="has 16 positions, which leaves none for a past"):
+        export_model(model, tmp_path / "none.pt2", cache=True, tokens=16)
 
 
 @pytest.mark.parametrize(("dtype", "kept"), [("float16", "float16"), ("bfloat16", "float32")])

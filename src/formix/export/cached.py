@@ -36,6 +36,9 @@ class CachedProgram(TextProgram):
     `present.LAYER.key` and `.value` [batch, heads, past + tokens, head size], the next call's past.
 
     The names are those of transformers' models that Optimum exports. A text's first call has a past of 0 tokens.
+
+    Raises:
+        ValueError: as many tokens in each call as the model has positions.
     """
 
     judged = 1
@@ -47,6 +50,11 @@ class CachedProgram(TextProgram):
         ids, mask = self.inputs
         of_all = f"past{PLUS}{ids.shape[1]}"
         self.room = positions(model.config)
+        if self.room is not None and (tokens or 1) >= self.room:
+            raise ValueError(
+                f"tokens is {tokens or 1}, and this model has {self.room} positions, which leaves none for a past; "
+                "give fewer tokens, or leave out cache."
+            )
         self.axes["past"] = Axis(least=0, most=None if self.room is None else self.room - (tokens or 1))
         self.layers = {m.layer_idx: m for m in model.modules() if isinstance(m, DesignedAttention) and m.kv_heads.own}
         dtype = next(model.parameters()).dtype
