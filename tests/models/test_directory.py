@@ -395,14 +395,15 @@ def test_a_directory_with_num_classes_among_its_arguments_loads(saved, tmp_path)
     assert torch.equal(logits(formix.load(tmp_path / "model"), "vit"), expected)
 
 
-@pytest.mark.parametrize("content", [b"", b"junk" * 9, b"cos\nsystem\n(S'true'\ntR."])
+@pytest.mark.parametrize("content", ["", "junk" * 9, "cos\nsystem\n(S'touch {}'\ntR."])
 def test_a_damaged_or_dangerous_pickle_of_weights_is_refused(content, tmp_path):
-    """transformers' older format; the last would run a program if it were unpickled."""
+    """transformers' older format; the last would make a file if it were unpickled."""
     hf.BertModel(hf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    (tmp_path / "pytorch_model.bin").write_bytes(content.format(tmp_path / "made").encode())
     with pytest.raises(ValueError, match=r"The weights in .* cannot be read \("):
         formix.create_model(tmp_path, "relu")
+    assert not (tmp_path / "made").exists()
 
 
 def test_what_is_no_directory_of_a_model(tmp_path):

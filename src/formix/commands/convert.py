@@ -83,7 +83,9 @@ def convert(arguments: list[str]) -> int:
     recovery, _ = _recovery(config)
     torch.manual_seed(recovery.seed)  # of a head that the source's weights lack
     source = load_source(config.source, checkpoint=config.checkpoint, task=config.task, **config.model_args)
-    named, config = config.source, dataclasses.replace(config, source=str(files_beside(config.source, source)))
+    named = config.source
+    if not config.dry_run:
+        config = dataclasses.replace(config, source=str(files_beside(named, source)))
     _refuse_metrics(source, config)
     opened = open_source(source)
     for design in designs:  # before the first of them takes its time
