@@ -55,10 +55,12 @@ def test_the_profile_gives_gradients_to_the_part_of_their_operator():
             return self.norm(self.mlp(x))
 
     layer, x = Layer(), torch.randn(512, 256)
-    forward = profile_parts(layer, lambda: layer(x))
-    both = profile_parts(layer, lambda: layer(x).sum().backward())
-    assert set(forward) <= {"MLP", "norms", "rest"}
-    assert both["MLP"] > 1.3 * forward["MLP"]
+    forward, both = [], []
+    for _ in range(5):  # other processes only add to the time, so that the least of several is the layer's own
+        forward.append(profile_parts(layer, lambda: layer(x)))
+        both.append(profile_parts(layer, lambda: layer(x).sum().backward()))
+    assert set(forward[0]) <= {"MLP", "norms", "rest"}
+    assert min(parts["MLP"] for parts in both) > 1.3 * min(parts["MLP"] for parts in forward)
 
 
 def test_peak_memory_sees_what_is_freed_again():
