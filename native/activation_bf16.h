@@ -65,30 +65,41 @@ template <int ACT> struct Lookup {
 static INLINE float bf16_factor(int64_t activation, float scale) {
   return activation == FORMIX_SIGMOID ? 1 : activation == FORMIX_RELU2 ? scale * scale : scale;
 }
-template <int ACT> struct Bf16Activation {
-  static constexpr bool gelu = ACT == FORMIX_GELU || ACT == FORMIX_GELU_ERF;
-  static constexpr bool looked_up = gelu || ACT == FORMIX_SOFTPLUS || ACT == FORMIX_SIGMOID;
-  const float scale, factor, range, per_interval;
+template <int ACT, bool LOOKED_UP> struct ScaledLookup {
+  explicit ScaledLookup(float) {}
+};
+template <int ACT> struct ScaledLookup<ACT, true> {
+  const float range, per_interval;
   const Quadratics values, slopes;
-
-  explicit Bf16Activation(float scale)
-      : scale(scale), factor(bf16_factor(ACT, scale)),
-        range((float)Lookup<ACT>::range / scale), per_interval(15 / range),
+  explicit ScaledLookup(float scale)
+      : range((float)Lookup<ACT>::range / scale), per_interval(15 / range),
         values(Lookup<ACT>::get().values, scale, ACT == FORMIX_SOFTPLUS ? 1 / scale : 1),
         slopes(Lookup<ACT>::get().slopes, scale, 1) {}
-
   INLINE vf inside(vf x) const { return vmin(splat(range), vmax(splat(-range), x)); }
+  INLINE vf value(vf x) const { return values.at(inside(x), per_interval); }
+  INLINE vf slope(vf x) const { return slopes.at(inside(x), per_interval); }
+};
+constexpr bool is_looked_up(int activation) {
+  return activation == FORMIX_GELU || activation == FORMIX_GELU_ERF || activation == FORMIX_SOFTPLUS || activation == FORMIX_SIGMOID;
+}
+template <int ACT> struct Bf16Activation : ScaledLookup<ACT, is_looked_up(ACT)> {
+  static constexpr bool looked_up = is_looked_up(ACT), gelu = Lookup<ACT>::gelu;
+  const float scale, factor;
+
+  explicit Bf16Activation(float scale)
+      : ScaledLookup<ACT, looked_up>(scale), scale(scale), factor(bf16_factor(ACT, scale)) {}
+
   INLINE vf operator()(vf x) const {
-    if constexpr (gelu) return vmax(splat(-range), x) * values.at(inside(x), per_interval);
-    if constexpr (ACT == FORMIX_SOFTPLUS) return vmax(values.at(inside(x), per_interval), x);
-    if constexpr (ACT == FORMIX_SIGMOID) return values.at(inside(x), per_interval);
+    if constexpr (gelu) return vmax(splat(-this->range), x) * this->value(x);
+    if constexpr (ACT == FORMIX_SOFTPLUS) return vmax(this->value(x), x);
+    if constexpr (ACT == FORMIX_SIGMOID) return this->value(x);
     if constexpr (ACT == FORMIX_RELU6) return vmin(splat(6 / scale), vmax(vf{}, x));
     vf unused;
     return activation<looked_up ? FORMIX_RELU : ACT, false>(x, unused);
   }
   INLINE vf operator()(vf x, vf &slope) const {  // slope: h' at scale x
     if constexpr (gelu || ACT == FORMIX_SOFTPLUS) {
-      slope = slopes.at(inside(x), per_interval);
+      slope = this->ScaledLookup<ACT, true>::slope(x);
       return (*this)(x);
     }
     if constexpr (ACT == FORMIX_SIGMOID) {

@@ -39,27 +39,31 @@ struct Visibility {  // for one (batch, query head)
     const uint8_t *counted = nullptr;
     long counted_to = -1, seen = 0, last_length = -1;
     float last_factor = 0, last_bias = 0;
+    auto numbers_of = [&](long length) {
+      if (length == last_length) return;
+      const double l = length > 0 ? (double)length : 1.0;
+      last_length = length;
+      last_factor = (float)pow(l, -p.exponent);
+      last_bias = p.activation == FORMIX_SIGMOID_BIAS ? (float)-log(l) : 0.0f;
+    };
+    if (p.length >= 0 || (!mask && !causal)) {  // the same for all
+      numbers_of(p.length >= 0 ? p.length : limit);
+      for (long i = 0; i < n; i++) factor[i] = last_factor, bias[i] = last_bias;
+      return;
+    }
     for (long i = 0; i < n; i++) {
-      long length = p.length, end = limit_of(first + i);
-      if (length < 0) {
-        if (!mask) {
-          length = end;
-        } else {
-          const uint8_t *row = mask + (first + i) * query_stride;
-          if (row != counted || end < counted_to)
-            seen = count(row, end);
-          else
-            seen += count(row + counted_to * key_stride, end - counted_to);
-          counted = row, counted_to = end;
-          length = seen;
-        }
+      const long end = limit_of(first + i);
+      if (!mask) {
+        seen = end;
+      } else {
+        const uint8_t *row = mask + (first + i) * query_stride;
+        if (row != counted || end < counted_to)
+          seen = count(row, end);
+        else
+          seen += count(row + counted_to * key_stride, end - counted_to);
+        counted = row, counted_to = end;
       }
-      if (length != last_length) {
-        double l = length > 0 ? (double)length : 1.0;
-        last_length = length;
-        last_factor = (float)pow(l, -p.exponent);
-        last_bias = p.activation == FORMIX_SIGMOID_BIAS ? (float)-log(l) : 0.0f;
-      }
+      numbers_of(seen);
       factor[i] = last_factor;
       bias[i] = last_bias;
     }

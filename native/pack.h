@@ -117,11 +117,10 @@ struct Padding {
 };
 
 // Rows [n][channels] -> [units of n][ld]: an operand of a product over tokens (P V, dS K, P^T dO). Padded channels and
-// masked tokens are zero. ld = 0: rows without gaps. `block`: between W channels of a row and the next, which for tiles
-// do not lie side by side.
+// masked tokens are zero. ld = 0: rows without gaps.
 template <class T>
 static void pack_rows(const FormixTensor &t, int64_t type, long b, long h, long first, int n, int channels,
-                      typename T::unit *to, long ld = 0, Padding padding = {}, long block = W) {
+                      typename T::unit *to, long ld = 0, Padding padding = {}) {
   const int padded = round_up(channels, W);
   if (ld == 0) ld = padded;
   alignas(64) static const uint16_t nothing[2 * 256] = {};  // as many zeros as a row has bytes
@@ -135,8 +134,8 @@ static void pack_rows(const FormixTensor &t, int64_t type, long b, long h, long 
     uint32_t *put = (uint32_t *)to + j / T::per_unit * ld;
     int d = 0;
     if constexpr (T::per_unit == 2)  // without a look at the rows' end
-      for (; d + W <= channels; d += W, put += block) store(put, pair_of((const uint16_t *)low + d, (const uint16_t *)high + d));
-    for (; d < padded; d += W, put += block) {
+      for (; d + W <= channels; d += W, put += W) store(put, pair_of((const uint16_t *)low + d, (const uint16_t *)high + d));
+    for (; d < padded; d += W, put += W) {
       if constexpr (T::per_unit == 1)
         store(put, read_vector<T>(low, type, channels, d));
       else
@@ -144,6 +143,40 @@ static void pack_rows(const FormixTensor &t, int64_t type, long b, long h, long 
     }
   }
 }
+
+#if defined(FORMIX_TILES)
+// Rows [n][channels] of bf16 -> [channels / 16][tiles][16 units][16]: the right operand of a product over tokens, as tiles;
+// `block` units lie between 16 channels and the next 16. Of every whole 32 channels, position x holds paired(x).
+static void pack_tiles(const FormixTensor &t, long b, long h, long first, int n, int channels, uint32_t *to, long block) {
+  alignas(64) static const uint16_t nothing[2 * W] = {};
+  const long stride = t.token * 2;
+  for (int d = 0; d < channels; to += block) {
+    const int left = channels - d;
+    const char *low = row_of(t, FORMIX_BF16, b, h, first) + 2 * d;
+    auto pack = [&](auto put) {
+      for (int j = 0; j < n; j += 2, low += 2 * stride) put(j / 2 * W, low, j + 1 < n ? low + stride : (const char *)nothing);
+    };
+    if (left >= 2 * W) {
+      pack([&](int at, const char *low, const char *high) {
+        vu pairs[2];
+        pair_rows_mixed(load((const uint32_t *)low), load((const uint32_t *)high), pairs);
+        store(to + at, pairs[0]), store(to + block + at, pairs[1]);
+      });
+      d += 2 * W, to += block;
+    } else {
+      pack([&](int at, const char *low, const char *high) { store(to + at, read_pair(low, high, left, 0)); });
+      d += W;
+    }
+  }
+}
+// Row by row what a product with those gave, times a factor.
+static INLINE void write_unmixed(void *target, int channels, const float *from, float factor) {
+  int d = 0;
+  for (; d + 2 * W <= channels; d += 2 * W)
+    store((uint32_t *)target + d / 2, bf16_unmixed(load(from + d) * factor, load(from + d + W) * factor));
+  if (d < channels) write_row((uint16_t *)target + d, FORMIX_BF16, channels - d, from + d, factor);
+}
+#endif
 
 // [n][ld] -> [columns][LDA]: tiles want the rows of a product on their left.
 static inline void transpose_units(const uint32_t *from, long ld, int n, int columns, uint32_t *to) {

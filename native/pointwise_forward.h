@@ -47,6 +47,11 @@ template <class T> struct PointwiseForward {
   float *S;
   unit *P;  // the weights; floats stay where the scores were
   float *O, *factor, *bias;
+  struct {  // a block of queries whose output is complete but not written
+    long h, i0;
+    int rows = 0;
+    const float *factor, *o;
+  } finished;
   Ahead rows_ahead, keys_ahead;
 
   static long blocks_of(const FormixPointwise &p) { return p.Hq / p.Hkv * ((p.Nq + ROWS - 1) / ROWS); }
@@ -67,7 +72,7 @@ template <class T> struct PointwiseForward {
     auto take = [&](long n) { float *r = next; next += round_up(n, 16); return r; };
     K = (unit *)take(keys_held * units), V = (unit *)take((keys_held / T::per_unit + 1) * Dvp), Q = (unit *)take(ROWS * LDA);
     S = take(ROWS * LDA), P = (unit *)(T::per_unit == 1 ? S : take(ROWS * LDA));
-    O = take((one_block ? 1 : held_blocks) * ROWS * Dvp), factor = take(held_blocks * ROWS), bias = take(held_blocks * ROWS);
+    O = take((one_block ? 2 : held_blocks) * ROWS * Dvp), factor = take(held_blocks * ROWS), bias = take(held_blocks * ROWS);
     return next - memory;
   }
 
@@ -89,7 +94,7 @@ template <class T> struct PointwiseForward {
     for (long k0 = 0; k0 < p.Nk; k0 += block_keys) {
       const long k1 = least(p.Nk, k0 + block_keys);
       if (k0 < last_key) pack_keys(k0, k1 - k0);
-      if constexpr (T::tiles) {
+      if (T::tiles && far >= 4) {
         keys_ahead = next_keys(k1);
         keys_ahead.spread((last_block - first_block) * ((k1 - k0 + NR - 1) / NR));
       }
@@ -99,24 +104,28 @@ template <class T> struct PointwiseForward {
         const long h = head_of(block), i0 = block % blocks_per_head * ROWS, at = (block - first_block) * ROWS;
         const int rows = least((long)ROWS, p.Nq - i0);
         if (h != seen_head) see = Visibility(p, b, h), seen_head = h;
-        float *o = O + (one_block ? 0 : at * Dvp);
+        float *o = O + (one_block ? block % 2 * ROWS : at) * Dvp;
         const long end = least(k1, see.limit_of(i0 + rows - 1));
         if (k0 == 0 && (!T::tiles || end == 0)) memset(o, 0, sizeof(float) * ROWS * Dvp);
-        if constexpr (T::tiles) {
+        if (T::tiles && far >= 2) {
           rows_ahead = next_rows(block, k1 == p.Nk);
           rows_ahead.spread((k1 - k0 + NR - 1) / NR);
         }
         if (end > k0) accumulate(see, h, i0, rows, k0, end, bias + at, o);
-        if (k1 == p.Nk) write(h, i0, rows, factor + at, o);
+        if (k1 < p.Nk) continue;
+        write_finished();
+        finished = {h, i0, rows, factor + at, o};
+        if (!T::tiles) write_finished();
       }
     }
+    write_finished();
   }
 
   // The keys and values that are packed after those before k1.
   Ahead next_keys(long k1) const {
     Ahead memory;
     const bool here = k1 < p.Nk;
-    if (far < 4 || (!here && next_b < 0)) return memory;
+    if (!here && next_b < 0) return memory;
     const long b = here ? this->b : next_b, g = here ? this->g : next_g, from = here ? k1 : 0;
     const long n = least(block_keys, p.Nk - from);
     memory.add({p.k, p.type, b, g, 1, from, n, D});
@@ -126,7 +135,6 @@ template <class T> struct PointwiseForward {
   // The queries of the block after this one, and the rows that this one may write.
   Ahead next_rows(long block, bool writes) const {
     Ahead memory;
-    if (far < 2) return memory;
     auto add = [&](const FormixTensor &t, long block, int channels) {
       const long i0 = block % blocks_per_head * ROWS;
       memory.add({t, p.type, b, head_of(block), 1, i0, least((long)ROWS, p.Nq - i0), channels});
@@ -140,8 +148,8 @@ template <class T> struct PointwiseForward {
     pack_transposed<T>(p.k, p.type, b, g, k0, n, D, K);
     if constexpr (T::tiles) {  // as tiles, whole ones
       const long held = keys_held / T::per_unit, from = (n + 1) / 2, to = round_up(n, NR) / 2;
-      pack_rows<T>(p.v, p.type, b, g, k0, n, Dv, V, ld_v, {}, ld_v * held);
-      for (int d = 0; d < Dvp; d += W) memset(V + d * held + from * ld_v, 0, sizeof(unit) * ld_v * (to - from));
+      pack_tiles(p.v, b, g, k0, n, Dv, V, ld_v * held);
+      for (int d = 0; from < to && d < Dvp; d += W) memset(V + d * held + from * ld_v, 0, sizeof(unit) * ld_v * (to - from));
     } else {
       pack_rows<T>(p.v, p.type, b, g, k0, n, Dv, V);
     }
@@ -149,14 +157,23 @@ template <class T> struct PointwiseForward {
 
   // Adds to o what keys k0 ... end give to `rows` queries from i0 on.
   void accumulate(const Visibility &see, long h, long i0, int rows, long k0, long end, const float *shift, float *o) {
-    const int ld_q = T::tiles ? units : LDA;
-    for (int r = 0; r < rows; r++)
-      read_units<T>(row_of(p.q, p.type, b, h, i0 + r), p.type, D, round_up(units, W), Q + r * ld_q);
+    auto read_queries = [&](int ld) {
+      for (int r = 0; r < rows; r++)
+        read_units<T>(row_of(p.q, p.type, b, h, i0 + r), p.type, D, round_up(units, W), Q + r * ld);
+    };
 #if defined(FORMIX_TILES)
     if constexpr (T::tiles) {
-      memset(Q + rows * ld_q, 0, sizeof(unit) * (round_up(rows, PANEL) - rows) * ld_q);
       with_activation(p.activation, [&](auto act) {
         constexpr int ACT = decltype(act)::value;
+        // Queries that fill tiles and are loaded once, to stay there, come from where they lie.
+        const bool once = !Bf16Activation<ACT>::looked_up && units <= 2 * TILE && end - k0 <= TILE_KEYS;
+        const bool copied = !once || D != 2 * units || rows % TILE != 0;
+        const void *q = copied ? Q : (const void *)row_of(p.q, p.type, b, h, i0);
+        const long ld_q = copied ? units * 4 : p.q.token * 2;
+        if (copied) {
+          read_queries(units);
+          if (rows < PANEL) memset(Q + rows * units, 0, sizeof(unit) * (PANEL - rows) * units);
+        }
         const bool plain = takes_raw_scores(p);
         const Bf16Activation<ACT> f(plain ? (float)p.scale : 1.0f);
         after = f.factor;
@@ -168,8 +185,8 @@ template <class T> struct PointwiseForward {
           auto weigh = [&](auto is_plain, auto two) {
             const TileWeights<ACT, is_plain.value, two.value> weights{f, see, i0, rows, j0, n, (float)p.scale, shift, P};
             if constexpr (!Bf16Activation<ACT>::looked_up) {  // whose time is that of the vectors
-              if (units == TILE) return weights.template run_held<1>(Q, k, soon);
-              if (units == 2 * TILE) return weights.template run_held<2>(Q, k, soon);
+              if (units == TILE) return weights.template run_held<1>(q, ld_q, k, soon);
+              if (units == 2 * TILE) return weights.template run_held<2>(q, ld_q, k, soon);
             }
             weights.run(units / TILE, Q, k, soon);
           };
@@ -177,12 +194,14 @@ template <class T> struct PointwiseForward {
             rows > TILE ? weigh(is_plain, Constant<1>{}) : weigh(is_plain, Constant<0>{});
           };
           plain ? by_height(Constant<1>{}) : by_height(Constant<0>{});
+          write_finished();
           tile_output(j0 == 0, rows, n, P, V + (j0 - k0) / 2 * ld_v, keys_held / 2, Dvp, o, Dvp);
         }
       });
       return;
     }
 #endif
+    read_queries(LDA);
     for (long j0 = k0; j0 < end; j0 += KEYS) {
       const int n = least((long)KEYS, end - j0);
       scores(see, i0, rows, j0, n, K + (j0 - k0) * units);
@@ -241,9 +260,21 @@ template <class T> struct PointwiseForward {
     });
   }
 
-  void write(long h, long i0, int rows, const float *f, float *o) const {
-    for (int r = 0; r < rows; r++, o += Dvp)
-      write_row((void *)row_of(p.out, p.type, b, h, i0 + r), p.type, Dv, o, f[r] * after);
+  // With tiles it waits until the next block's weights are there: reading what tiles have just stored would hold up all else.
+  void write_finished() {
+    const float *o = finished.o;
+    for (int r = 0; r < finished.rows; r++, o += Dvp) {
+      void *out = (void *)row_of(p.out, p.type, b, finished.h, finished.i0 + r);
+      const float by = finished.factor[r] * after;
+#if defined(FORMIX_TILES)
+      if constexpr (T::tiles) {
+        write_unmixed(out, Dv, o, by);
+        continue;
+      }
+#endif
+      write_row(out, p.type, Dv, o, by);
+    }
+    finished.rows = 0;
   }
 };
 

@@ -61,8 +61,8 @@ template <int ACT, bool PLAIN, bool TWO> struct TileWeights {
   // Q is [PANEL][16 k_tiles] units, K panels [n / 32][16 k_tiles][32]; both are padded with zeros. `soon` is called once for
   // a panel, to ask for memory.
   template <class Soon> void run(int k_tiles, const uint32_t *Q, const uint32_t *K, const Soon &soon) const;
-  // The same for K_TILES = 1 or 2 tiles of channels: the queries stay in registers.
-  template <int K_TILES, class Soon> void run_held(const uint32_t *Q, const uint32_t *K, const Soon &soon) const;
+  // The same for K_TILES = 1 or 2 tiles of channels: the queries stay in registers. Their rows lie `ldq` bytes apart.
+  template <int K_TILES, class Soon> void run_held(const void *Q, long ldq, const uint32_t *K, const Soon &soon) const;
 };
 
 template <int ACT, bool PLAIN, bool TWO>
@@ -128,11 +128,11 @@ void TileWeights<ACT, PLAIN, TWO>::run(int k_tiles, const uint32_t *Q, const uin
 // multiplied, and half of a panel's rows is weighed in the time of each 16 keys, one such time after its last store.
 template <int ACT, bool PLAIN, bool TWO>
 template <int K_TILES, class Soon>
-void TileWeights<ACT, PLAIN, TWO>::run_held(const uint32_t *Q, const uint32_t *K, const Soon &soon) const {
+void TileWeights<ACT, PLAIN, TWO>::run_held(const void *Q, long ldq, const uint32_t *K, const Soon &soon) const {
   alignas(64) float panels[2][PANEL * PANEL];
-  constexpr long ldq = K_TILES * TILE;
+  constexpr long panel_units = (long)K_TILES * TILE * PANEL;
   constexpr int quarter = height / 4;
-  const bool stream = n * ldq * 4 > HELD_KEYS;
+  const bool stream = n * K_TILES * TILE * 4 > HELD_KEYS;
   auto weigh_old = [&](int j, int q) {  // quarter q of the panel at j, if there is one
     if (j >= 0) weigh<quarter>(panels[j / PANEL & 1], j, q * quarter);
   };
@@ -164,18 +164,19 @@ void TileWeights<ACT, PLAIN, TWO>::run_held(const uint32_t *Q, const uint32_t *K
     __asm__ volatile("" ::: "memory");
   };
   __asm__ volatile("" ::: "memory");
-  TILE_LOAD(4, Q, ldq * 4);
-  if (K_TILES == 2) TILE_LOAD(5, Q + TILE, ldq * 4);
-  if (TWO) TILE_LOAD(6, Q + TILE * ldq, ldq * 4);
-  if (TWO && K_TILES == 2) TILE_LOAD(7, Q + TILE * ldq + TILE, ldq * 4);
+  const auto q = (const char *)Q;
+  TILE_LOAD(4, q, ldq);
+  if (K_TILES == 2) TILE_LOAD(5, q + TILE * 4, ldq);
+  if (TWO) TILE_LOAD(6, q + TILE * ldq, ldq);
+  if (TWO && K_TILES == 2) TILE_LOAD(7, q + TILE * ldq + TILE * 4, ldq);
   load_keys(K);
   int j = 0;
-  for (const uint32_t *k = K; j < n; j += PANEL, k += ldq * PANEL) {
+  for (const uint32_t *k = K; j < n; j += PANEL, k += panel_units) {
     float *s = panels[j / PANEL & 1], *before = panels[(j / PANEL & 1) ^ 1];
     block(true, j ? before + TILE : nullptr, j - 2 * PANEL, 2, k + TILE);
     if (j >= 2 * PANEL) hide(j - 2 * PANEL);
     soon();
-    block(n - j > TILE, s, j - PANEL, 0, n - j > PANEL ? k + ldq * PANEL : nullptr);
+    block(n - j > TILE, s, j - PANEL, 0, n - j > PANEL ? k + panel_units : nullptr);
   }
   float *s = panels[(j / PANEL & 1) ^ 1] + TILE;
   TILE_STORE(0, s, PANEL * 4);

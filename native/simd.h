@@ -115,6 +115,11 @@ static INLINE void pair_rows_mixed(vu a, vu b, vu pairs[2]) {
   pairs[0] = (vu)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b), pairs[1] = (vu)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
 }
 static INLINE int paired(int x) { return x % 16 / 4 * 8 + x / 16 * 4 + x % 4; }
+// 32 floats in that order as bf16 in their own.
+static INLINE vu bf16_unmixed(vf low, vf high) {
+  const __m512i fours = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  return (vu)_mm512_permutexvar_epi64(fours, (__m512i)bf16_pair(low, high));
+}
 #endif
 // fp16 <-> fp32 by integer arithmetic (Giesen): works without F16C and on any compiler.
 static INLINE vf from_f16(vh h) {
