@@ -314,7 +314,7 @@ def test_lines_end_where_files_end_them(tmp_path, capsys):
     assert "is a folder" in capsys.readouterr().err
     train_wordpiece([chr(c) for c in range(0x4E00, 0x4F00)]).save_pretrained(tmp_path / "words")
     assert main(["predict", str(where), "--text=a", f"--tokenizer={tmp_path / 'words'}"]) == 2
-    assert "The model knows 256 tokens" in capsys.readouterr().err
+    assert "knows 256; give the one that it was trained with" in capsys.readouterr().err
 
 
 def test_draws_are_of_all_tokens(tmp_path, capsys):

@@ -513,6 +513,9 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
     (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
     assert main(["convert", str(tmp_path / "source"), "--design=paf", "--dry-run"]) == 0
     assert "series -> parallel, post-norm" in capsys.readouterr().out
+    search = ["--search=1", "--recover=text:nowhere", "--dry-run"]
+    assert main(["convert", str(tmp_path / "source"), "--design=paf", *search]) == 0
+    assert "converts those that hurt least, 1 at most" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "source"), "--design=paf", f"--out={tmp_path / 'out'}"]) == 0
     model = hf.AutoModel.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "FormixBertModel"

@@ -67,5 +67,5 @@ def test_spearman_of_a_file(tokenizer, tmp_path):
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tokenizer):
     tokens = len(tokenizer)
     model = formix.create_model("bert-tiny", task="features", vocab_size=tokens - 1, **SMALL)
-    with pytest.raises(ValueError, match=f"has {tokens} tokens and the model {tokens - 1}"):
+    with pytest.raises(ValueError, match=f"has {tokens} tokens and this FormixBertModel knows {tokens - 1}"):
         sentence_embeddings(model, tokenizer, SENTENCES)

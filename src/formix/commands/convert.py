@@ -95,6 +95,8 @@ def convert(arguments: list[str]) -> int:
     for design in designs:
         if config.dry_run:
             print(plan_conversion(source, design, layers=config.layers, keep=config.keep))
+            if config.search is not None:
+                print(f"Of these layers --search converts those that hurt least, {config.search} at most.")
             continue
         _convert(source, named, dataclasses.replace(config, design=design), study, outs[design])
     return 0

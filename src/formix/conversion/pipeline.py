@@ -23,7 +23,7 @@ from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
-from formix.data.text import load_tokenizer, own_tokenizer
+from formix.data.text import load_tokenizer, own_tokenizer, vocabulary_size
 from formix.evaluation.probe import normalised_for
 from formix.evaluation.suitable import check_kind, check_labels
 from formix.models.image import image_size
@@ -88,7 +88,7 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     Raises:
         ValueError: words, positions, channels or image sizes that the model does not have.
     """
-    from formix.models.text import check_length
+    from formix.models.text import check_length, check_tokens
 
     check_kind(model, recovery.data, "The model")
     if not hasattr(model, "config"):
@@ -108,18 +108,15 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
             seed=recovery.seed,
             limit=recovery.limit,
         )
-        if (data.vocab_size or 0) > model.config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {data.vocab_size} tokens and the model {model.config.vocab_size}; recovery needs "
-                "the model's own."
-            )
+        check_tokens(model, data.vocab_size or 0)
         if recovery.labelled:
             check_labels(model, data, "The model")
         return data, recovery.batch_size
+    tokenizer = load_tokenizer(place)
+    check_tokens(model, vocabulary_size(tokenizer))
     data = load_sentences(
         recovery.data,
-        load_tokenizer(place),
-        vocab_size=model.config.vocab_size,
+        tokenizer,
         tokens=recovery.batch_tokens,
         longest=recovery.sequence_length,
         held_out=recovery.held_out,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from formix.data import Batch, BatchDataset, Data
 from formix.data.glue import TASKS
-from formix.data.text import SUFFIXES, content_hash, tokenizer_identity
+from formix.data.text import SUFFIXES, content_hash, tokenizer_identity, vocabulary_size
 
 MAX_SENTENCES = 256  # in a batch
 
@@ -59,7 +59,6 @@ def load_sentences(
     name: str,
     tokenizer: Any,
     *,
-    vocab_size: int,
     tokens: int,
     longest: int,
     held_out: float,
@@ -71,12 +70,8 @@ def load_sentences(
     in an epoch.
 
     Raises:
-        ValueError: no such place, no sentence in it, or a tokenizer with more words than the model.
+        ValueError: no such place, or no sentence in it.
     """
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {vocab_size}; recovery needs the model's own."
-        )
     times: dict[str, int] = {}  # a sentence -> how often it is in an epoch
     for place in name.split("+"):
         place, _, number = place.partition("*")
@@ -104,7 +99,7 @@ def load_sentences(
         higher_is_better=True,
         chance=0.0,
         tokenizer=tokenizer,
-        vocab_size=vocab_size,
+        vocab_size=vocabulary_size(tokenizer),
         provenance={
             "source": name,
             "counts": {"train": len(train), "different": len(ids) - held, "held out": held},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from formix.data.base import SPLITS, Batch, BatchDataset, Data, Metric, Request, majority_accuracy
-from formix.data.text import content_hash, load_tokenizer, tokenizer_identity
+from formix.data.text import content_hash, load_tokenizer, tokenizer_identity, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -126,7 +126,7 @@ def load_glue(request: Request) -> Data:
         chance=majority_accuracy(labels["train"], labels["test"]) if task.metric == "accuracy" else 0.0,
         num_classes=len(task.classes) if task.classes else 1,
         class_names=tuple(task.classes.values()) if task.classes else None,
-        vocab_size=1 + max(tokenizer.get_vocab().values()),
+        vocab_size=vocabulary_size(tokenizer),
         sequence_length=request.sequence_length,
         tokenizer=tokenizer,
         provenance={

@@ -72,7 +72,7 @@ def text_data(request: Request, texts: Sequence[bytes], provenance: dict[str, An
         sets[split] = WindowDataset(tokens, length)
         targets = len(sets[split]) * length
         bytes_per_target[split] = (end(targets) - end(0)) / targets  # token 0 is the only one that is no target
-    vocab_size = 256 if tokenizer is None else 1 + max(tokenizer.get_vocab().values())
+    vocab_size = 256 if tokenizer is None else vocabulary_size(tokenizer)
     streams = [sets[split].tokens.numpy().astype(np.int64) for split in SPLITS]
     unigram = smoothed_bits([np.bincount(s[1:], minlength=vocab_size)[None] for s in streams])
     baselines = {}
@@ -233,6 +233,11 @@ def load_tokenizer(directory: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer={directory!r} has no fast version (tokenizer.json), which the byte counts need.")
     return tokenizer
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """How many tokens a model for this tokenizer must know: one more than the largest id."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> bytes:

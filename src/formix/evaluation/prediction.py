@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from formix.data.folder import EncodedImage
+from formix.data.text import vocabulary_size
 from formix.models.inputs import image_inputs, independent_classes, label_names
-from formix.models.text import positions, task_of
+from formix.models.text import check_tokens, positions, task_of
 from formix.training.tasks import forward
 
 _log = logging.getLogger("formix")
@@ -101,11 +102,7 @@ def predict_texts(
             room left for new tokens.
     """
     task = task_of(model)
-    if (needs := 1 + max(tokenizer.get_vocab().values())) > model.config.vocab_size:
-        raise ValueError(
-            f"The model knows {model.config.vocab_size} tokens and the tokenizer has {needs}; give the one that the "
-            "model was trained with."
-        )
+    check_tokens(model, vocabulary_size(tokenizer))
     tokenizer = _for_reading(model, tokenizer)
     if task == "features":
         from formix.evaluation.sentences import sentence_embeddings

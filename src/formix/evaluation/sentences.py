@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formix.data.glue import TASKS, read_tsv
+from formix.data.text import vocabulary_size
 
 
 @torch.no_grad()
@@ -30,10 +31,9 @@ def sentence_embeddings(
     Raises:
         ValueError: a tokenizer with more tokens than the model.
     """
-    from formix.models.text import positions
+    from formix.models.text import check_tokens, positions
 
-    if len(tokenizer) > (own := model.config.vocab_size):
-        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens and the model {own}; give the model's own.")
+    check_tokens(model, vocabulary_size(tokenizer))
     trunk = model.base_model
     max_length = min(max_length, positions(model.config) or max_length)
     was_training, device = model.training, next(trunk.parameters()).device
