@@ -189,6 +189,9 @@ def test_kernels_stay_if_asked_for(tmp_path):
     assert [any("formix.pointwise_attention" in call for call in found) for found in calls] == [False, True]
     assert sheet.kernels
     assert any("import formix" in note for note in sheet.notes)
+    code = "import sys, torch, formix; torch.export.load(sys.argv[1])"
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "own.pt2"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_no_path_of_this_machine_and_no_older_weights_are_left(tmp_path):

@@ -23,6 +23,7 @@ CASES = {  # name -> B, H, Nq, Nk, D, Dv
     "narrower_values": (2, 3, 9, 9, 8, 3),
     "long": (1, 1, 300, 300, 16, 16),
     "batch_0": (0, 3, 9, 9, 8, 8),
+    "no_heads": (2, 0, 9, 9, 8, 8),
     "no_queries": (2, 3, 0, 5, 8, 8),
     "no_keys": (2, 3, 5, 0, 8, 8),
 }
@@ -230,6 +231,16 @@ def test_the_size_of_queries_and_keys_does_not_matter(order, size):
     expected = l1_attention(q, k, v, order=order, impl="reference", eps=1e-37)
     found = l1_attention(q * size, k * size, v * size, order=order, impl="reference", eps=1e-37) / size
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("order", ["qk_v", "q_kv", "fused"])
+def test_the_parts_of_a_gradient_may_be_too_large_for_float16(order):
+    """Of one query and one key, Q^ and K^ are signs: gradients of 0, the difference of two parts of 1e6."""
+    q, k, v = torch.full((3, 1, 1, 1, 1), 1e-4, dtype=torch.float16).unbind(0)
+    q.requires_grad_()
+    k.requires_grad_()
+    l1_attention(q, k, v + 100, order=order, impl="reference").backward(torch.ones_like(v))
+    assert q.grad.item() == k.grad.item() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])

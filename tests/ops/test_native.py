@@ -392,6 +392,21 @@ def test_transforms_take_the_reference(name, transform, compiled):
         run(kernels, *x)
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_compiled_calls_take_the_kernels(name):
+    """Not silently the plain-torch operators, as inside a transform."""
+    called = set()
+
+    def backend(graph, _):
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    q, k, v = qkv(b=1, h=2, n=9, d=8)
+    out = torch.compile(PUBLIC[name], fullgraph=True, backend=backend)(q, k, v)
+    assert f"formix.{name}_attention" in called
+    close(out, PUBLIC[name](q, k, v, impl="reference"), 1e-5)
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compile_for_any_shape(name):
     f = OPERATORS[name]

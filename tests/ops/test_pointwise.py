@@ -107,6 +107,14 @@ def test_shapes_and_masks(case, dtype, impl):
     check(qkv(**shapes, dtype=dtype), {"activation": "gelu", "length_exponent": 0.5} | make(), impl, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("arguments", [{}, {"enable_gqa": True}], ids=["", "grouped"])
+def test_no_heads(arguments, impl):
+    x = torch.randn(2, 0, 7, 8, requires_grad=True)
+    out = pointwise_attention(x, x, x, impl=impl, **arguments)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length_exponent", [0, 0.5, 1, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -100,11 +100,12 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, order: s
         if q.shape[2] == k.shape[2]:
             q = q.masked_fill(~token, 0.0)
     compute = torch.promote_types(dtype, torch.float32)
-    c_q = 1 / q.to(compute).abs().sum(-2, keepdim=True).clamp(min=eps)  # [B, H, 1, D]
-    c_k = 1 / k.to(compute).abs().sum(-2, keepdim=True).clamp(min=eps)
+    q, k = q.to(compute), k.to(compute)  # once: the two parts of a gradient are then added in float32 too
+    c_q = 1 / q.abs().sum(-2, keepdim=True).clamp(min=eps)  # [B, H, 1, D]
+    c_k = 1 / k.abs().sum(-2, keepdim=True).clamp(min=eps)
     if order == "fused":
-        k_v = (k.to(compute) * c_k).transpose(-2, -1) @ v.to(compute)  # [B, H, D, Dv]; large keys do not overflow
-        return (q.to(compute) @ (c_q.transpose(-2, -1) * k_v)).to(dtype)
+        k_v = (k * c_k).transpose(-2, -1) @ v.to(compute)  # [B, H, D, Dv]; large keys do not overflow
+        return (q @ (c_q.transpose(-2, -1) * k_v)).to(dtype)
     q, k = (q * c_q).to(dtype), (k * c_k).to(dtype)
     return (q @ k.transpose(-2, -1)) @ v if order == "qk_v" else q @ (k.transpose(-2, -1) @ v)
 

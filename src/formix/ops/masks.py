@@ -71,7 +71,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool | N
     if key.shape[1] != h and not enable_gqa:
         remedy = "they must be the same" if enable_gqa is None else "pass enable_gqa=True for grouped queries"
         raise ValueError(f"query has {h} heads, key {key.shape[1]}; {remedy}.")
-    if key.shape[1] == 0 or h % key.shape[1]:
+    if key.shape[1] != h and (key.shape[1] == 0 or h % key.shape[1]):
         raise ValueError(f"query has {h} heads, key {key.shape[1]}; the first must be a multiple of the second.")
 
 

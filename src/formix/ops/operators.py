@@ -23,7 +23,9 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def cannot_take(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
     """Why no kernel, on whatever device, takes these tensors, or None if they can be taken. Query, key and value are of
     one type and on one device."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    # While torch.compile traces, the empty stack is an object of the compiler's, and not "is None".
+    transformed = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    if transformed or forward_ad._current_level >= 0:
         return "the kernels know backward differentiation alone, no transforms of torch.func and no forward mode"
     if mask is not None and mask.device != query.device:
         return f"query is on {query.device} and the mask on {mask.device}"
