@@ -2,6 +2,7 @@
 name, and as operators of PyTorch (compile, export, autocast, second derivatives)."""
 
 import functools
+import itertools
 import math
 import os
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from oracles import H, close, l1, pointwise
 from torch import func
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from formix.ops import l1_attention, native, pointwise_attention
 
@@ -405,6 +407,26 @@ def test_compiled_calls_take_the_kernels(name):
     out = torch.compile(PUBLIC[name], fullgraph=True, backend=backend)(q, k, v)
     assert f"formix.{name}_attention" in called
     close(out, PUBLIC[name](q, k, v, impl="reference"), 1e-5)
+
+
+def test_flop_counter():
+    """PyTorch's counter sees the kernels' products: those of its own fused attention, or of the plain-torch form."""
+    shapes = {"b": 2, "h": 3, "n": 5, "m": 7, "d": 4, "dv": 6}
+    for name, impl in itertools.product(PUBLIC, ("native", "reference")):
+        q, k, v = (x.requires_grad_() for x in qkv(**shapes))
+        with FlopCounterMode(display=False) as forward:
+            out = PUBLIC[name](q, k, v, impl=impl)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        again = 0  # what the kernels do once more
+        if name == "pointwise":
+            assert forward.get_total_flops() == 2 * 2 * 3 * 5 * 7 * (4 + 6)
+            again = 2 * 2 * 3 * 5 * 7 * 4
+        else:
+            assert forward.get_total_flops() == 2 * 2 * 3 * (5 + 7) * 4 * 6
+            again = 2 * 2 * 3 * 7 * 4 * 6
+        expected = 2 * forward.get_total_flops() + (again if impl == "native" else 0)
+        assert backward.get_total_flops() == expected, (name, impl)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

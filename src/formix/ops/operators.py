@@ -4,11 +4,13 @@ by the plain-torch reference. Each device's kernels register themselves: `formix
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels
 MAX_CHANNELS = 256
@@ -141,6 +143,26 @@ def _autocast(op: Any, device: str) -> Any:
     return run
 
 
+def _count_operations(namespace: str) -> None:
+    """Tells PyTorch's FlopCounterMode the matrix products of both operators and their gradients, of (query, key, value)
+    shapes; as for its own fused attention, masked pairs count too and gradients recompute what the kernels do."""
+    operators = getattr(torch.ops, namespace)
+
+    def register(name: str, count: Callable[..., int]) -> None:
+        register_flop_formula(getattr(operators, name))(lambda q, k, v, *rest, **_: count(*q, k[2], v[3]))
+        backward = getattr(operators, f"{name}_backward")
+        register_flop_formula(backward)(lambda g, q, k, v, *rest, **_: count(*q, k[2], v[3], forward=False))
+
+    def pointwise(b: int, h: int, n_q: int, d: int, n_k: int, d_v: int, forward: bool = True) -> int:
+        return 2 * b * h * n_q * n_k * (d + d_v if forward else 3 * d + 2 * d_v)
+
+    def l1(b: int, h: int, n_q: int, d: int, n_k: int, d_v: int, forward: bool = True) -> int:
+        return 2 * b * h * d * d_v * (n_q + n_k if forward else 2 * n_q + 3 * n_k)
+
+    register("pointwise_attention", pointwise)
+    register("l1_attention", l1)
+
+
 def define(namespace: str) -> torch.library.Library:
     """Defines both operators under a namespace; the result must be kept, for they live as long as it does."""
     library = torch.library.Library(namespace, "DEF")
@@ -149,6 +171,7 @@ def define(namespace: str) -> torch.library.Library:
     )
     _define(library, "pointwise_attention", mask_and_options, _pointwise_reference)
     _define(library, "l1_attention", "Tensor? key_padding_mask, float eps", _l1_reference)
+    _count_operations(namespace)
     return library
 
 
