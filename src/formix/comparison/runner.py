@@ -263,7 +263,7 @@ def _claimed(out: Path, config: CompareConfig, data: Data) -> Iterator[None]:
     elif out.exists() and (not out.is_dir() or any(p.name != LOCK for p in out.iterdir())):
         raise ValueError(f"{out} exists and is no comparison of formix's; choose another directory with --out.")
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK, blocking=False)
+    lock = FileLock(out / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:

@@ -191,7 +191,8 @@ def train_wordpiece(sentences: Sequence[str]) -> PreTrainedTokenizerFast:
     from transformers import BertTokenizer
 
     trainer = BertWordPieceTokenizer()
-    alphabet = sorted({character for sentence in sentences for character in trainer.normalize(sentence)} - {" "})
+    normalise = trainer.normalizer.normalize_str
+    alphabet = sorted({character for sentence in sentences for character in normalise(sentence)} - {" "})
     trainer.train_from_iterator(
         iter(sentences),
         vocab_size=VOCAB_SIZE,
