@@ -46,6 +46,8 @@ def _nothing_kept(monkeypatch):
 @pytest.fixture
 def short(monkeypatch):
     """Counts the calls that took the short way."""
+    if library_on_tensors() is None:
+        pytest.skip("PyTorch shows its tensors to C from 2.10 on; before, all calls take the long way")
     taken = []
     run = repeated.run
 

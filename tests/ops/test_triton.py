@@ -59,6 +59,8 @@ def launched(monkeypatch, capsys):
         function(*arguments)
         return list(found)
 
+    if not hasattr(triton, "knobs"):
+        pytest.skip("this Triton does not say what its kernels need")
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)

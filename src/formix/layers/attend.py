@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formix.design import GatedUnit, Mixer, Pointwise, Sima, Softmax
+from formix.design import Mixer, Pointwise, Sima, Softmax
 from formix.ops import l1_attention, pointwise_attention
 from formix.ops.masks import causal_mask, repeat_heads, visible_mask
 from formix.ops.registry import is_portable
@@ -63,32 +63,29 @@ def attend(
     for watcher in _watchers:
         boolean = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > float("-inf")
         watcher(mixer, query, key, visible_mask(boolean, is_causal, query, key), attn_bias)
-    match mixer:
-        case Softmax():
-            if is_causal and attn_mask is not None:
-                attn_mask, is_causal = causal_mask(attn_mask, query, key), False
-            if is_portable():
-                return _portable_softmax(query, key, value, attn_mask, attn_bias, is_causal, dropout_p, scale)
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask if attn_bias is None else attn_bias, dropout_p=dropout_p,
-                is_causal=is_causal, scale=scale, enable_gqa=grouped,
-            )  # fmt: skip
-        case Pointwise():
-            length = None if mixer.length == "visible" else key.shape[2] if mixer.length == "keys" else mixer.length
-            return pointwise_attention(
-                query, key, value, activation=mixer.activation, length_exponent=mixer.length_exponent, length=length,
-                attn_mask=attn_mask, attn_bias=attn_bias, is_causal=is_causal, scale=scale, enable_gqa=grouped,
-                dropout_p=dropout_p,
-            )  # fmt: skip
-        case Sima():
-            if is_causal:
-                raise ValueError("SimA cannot be causal: its l1 norms run over all tokens and would see the future.")
-            key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-            padding = None if attn_mask is None else key_padding(attn_mask, query.shape[0], key.shape[2])
-            out = l1_attention(query, key, value, key_padding_mask=padding, eps=mixer.eps)
-            return out if attn_bias is None else out + (attn_bias / key.shape[2]).to(value) @ value
-        case GatedUnit():
-            raise AssertionError("a gated unit has no queries and keys")
+    if isinstance(mixer, Softmax):
+        if is_causal and attn_mask is not None:
+            attn_mask, is_causal = causal_mask(attn_mask, query, key), False
+        if is_portable():
+            return _portable_softmax(query, key, value, attn_mask, attn_bias, is_causal, dropout_p, scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attn_mask if attn_bias is None else attn_bias, dropout_p=dropout_p,
+            is_causal=is_causal, scale=scale, enable_gqa=grouped,
+        )  # fmt: skip
+    if isinstance(mixer, Pointwise):
+        length = None if mixer.length == "visible" else key.shape[2] if mixer.length == "keys" else mixer.length
+        return pointwise_attention(
+            query, key, value, activation=mixer.activation, length_exponent=mixer.length_exponent, length=length,
+            attn_mask=attn_mask, attn_bias=attn_bias, is_causal=is_causal, scale=scale, enable_gqa=grouped,
+            dropout_p=dropout_p,
+        )  # fmt: skip
+    assert isinstance(mixer, Sima), "a gated unit has no queries and keys"
+    if is_causal:
+        raise ValueError("SimA cannot be causal: its l1 norms run over all tokens and would see the future.")
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    padding = None if attn_mask is None else key_padding(attn_mask, query.shape[0], key.shape[2])
+    out = l1_attention(query, key, value, key_padding_mask=padding, eps=mixer.eps)
+    return out if attn_bias is None else out + (attn_bias / key.shape[2]).to(value) @ value
 
 
 def _portable_softmax(

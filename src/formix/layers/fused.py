@@ -100,7 +100,7 @@ class FusedParallel:
 
 def _hooked(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)  # accelerate's hooks take the place of the method
+    return any(hooks) or "forward" in module.__dict__  # accelerate's hooks take the place of the method
 
 
 def _join(attn: Attention, mlp: Mlp, scale1: nn.Module, scale2: nn.Module) -> tuple[Tensor, ...]:

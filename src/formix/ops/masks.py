@@ -35,7 +35,9 @@ def without_autocast(*tensors: Any) -> contextlib.AbstractContextManager:
 
 def _device_type(tensors: tuple[Any, ...]) -> str | None:
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else None
-    return device if device is not None and torch.amp.is_autocast_available(device) else None
+    if device is None or device in ("cpu", "cuda"):  # no question, which torch.compile before PyTorch 2.8 cannot trace
+        return device
+    return device if torch.amp.is_autocast_available(device) else None
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool | None = None) -> None:
@@ -84,9 +86,9 @@ def check_layout(name: str, x: Tensor) -> None:
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, below: float = math.inf) -> None:
     """Raise `ValueError` unless low <= value < below; numbers that torch.compile traces count as numbers."""
-    if isinstance(value, torch.SymInt | torch.SymFloat):
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
     if not low <= value < below or abs(value) == math.inf:  # torch.compile cannot trace math.isinf
         limits = "finite" if low == -math.inf else f"finite and {low:g} or more"

@@ -22,12 +22,20 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return like.new_empty((b, n, h, d)).transpose(1, 2)
 
 
+def _transformed() -> bool:
+    """Whether this is inside a transform of torch.func."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# As torch.compiler.assume_constant_result marks it, which imports the whole compiler: asked while tracing, not traced.
+# Traced, it fails in PyTorch 2.6, and answers with an object in place of None in 2.14.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def cannot_take(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
     """Why no kernel, on whatever device, takes these tensors, or None if they can be taken. Query, key and value are of
     one type and on one device."""
-    # While torch.compile traces, the empty stack is an object of the compiler's, and not "is None".
-    transformed = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
-    if transformed or forward_ad._current_level >= 0:
+    if _transformed() or forward_ad._current_level >= 0:
         return "the kernels know backward differentiation alone, no transforms of torch.func and no forward mode"
     if mask is not None and mask.device != query.device:
         return f"query is on {query.device} and the mask on {mask.device}"

@@ -120,8 +120,8 @@ def pointwise_attention(
 
     chosen = choose("pointwise_attention", impl, query.device, refusal)
     if chosen == "native":
-        options |= {"enable_gqa": enable_gqa, "signature": signature}
-        return native_module().pointwise_attention(query, key, value, **options)  # type: ignore[union-attr]
+        more = {"enable_gqa": enable_gqa, "signature": signature}
+        return native_module().pointwise_attention(query, key, value, **options, **more)  # type: ignore[union-attr]
     if chosen == "triton":
         return triton.pointwise_attention(query, key, value, **options)  # type: ignore[arg-type]
     with without_autocast(query):
@@ -185,7 +185,7 @@ def _check_options(
             f"length_exponent is {length_exponent}, but in 'sigmoid_bias' the length enters as the bias -log L "
             "instead; leave length_exponent at 1 or use activation='sigmoid'."
         )
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int | torch.SymInt) or length < 1):
+    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 1):
         raise ValueError(f"length is {length!r}; it must be None or a positive whole number of keys.")
     if is_causal not in (True, False):
         raise ValueError(f"is_causal is {is_causal!r}; it must be True or False.")
