@@ -60,6 +60,12 @@ def undisturbed(run):
     return run(None)
 
 
+def test_pytorch_before_2_9_has_no_storage_for_checkpoints(monkeypatch, tmp_path):
+    monkeypatch.setattr("formix.training.checkpoint.is_torch_version", lambda operation, version: operation == "<")
+    with pytest.raises(ValueError, match=r"need PyTorch 2\.9 or later, and this is"):
+        Checkpoints(tmp_path)
+
+
 @pytest.mark.parametrize("stop_at", [1, 7, 9])
 def test_the_losses_and_weights_are_those_of_an_undisturbed_run(run, undisturbed, tmp_path, stop_at):
     """In the middle of an epoch, with dropout, augmentation, accumulation and a moving average."""

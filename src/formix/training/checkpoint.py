@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.utils import is_torch_version
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -55,6 +56,9 @@ class Checkpoints:
         identity: what the run is a run of; only a run with the same may go on from its checkpoints. The loop adds its
             own configuration.
         write_model: writes the model in `model/`.
+
+    Raises:
+        ValueError: a number outside its range, or a PyTorch before 2.9, whose storage for them is another.
     """
 
     def __init__(
@@ -70,6 +74,11 @@ class Checkpoints:
         for name, value, least in (("keep", keep, 1), ("minutes", minutes, 0), ("steps", steps, 0)):
             if not least <= value < float("inf"):
                 raise ValueError(f"{name} of checkpoints is {value}; it must be {least} or more.")
+        if is_torch_version("<", "2.9"):
+            raise ValueError(
+                f"Checkpoints of training need PyTorch 2.9 or later, and this is {torch.__version__}; update it, or "
+                "train without checkpoints as formix compare does."
+            )
         self.directory, self.keep, self.minutes, self.steps = Path(directory), keep, minutes, steps
         self.identity, self.write_model = identity or {}, write_model
         self._written = time.monotonic()
@@ -131,7 +140,7 @@ class Checkpoints:
         def parts() -> None:
             _write_json(partial / "random" / f"{process}.json", random)
             with warnings.catch_warnings(action="ignore"):  # that a single process saves alone
-                storage = _storage("Writer")(str(partial / "training"), save_distributed=True)
+                storage = dcp.HuggingFaceStorageWriter(str(partial / "training"), save_distributed=True)
                 dcp.save(tensors, storage_writer=storage, no_dist=not dist.is_initialized())
 
         def close() -> None:
@@ -181,7 +190,7 @@ class Checkpoints:
 
     def stored_tensors(self, path: Path) -> dict[str, tuple[int, ...]]:
         """Names and whole shapes of the tensors in a checkpoint."""
-        metadata = _storage("Reader")(str(path / "training")).read_metadata()
+        metadata: Any = dcp.HuggingFaceStorageReader(str(path / "training")).read_metadata()
         return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
 
     def read_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -190,7 +199,7 @@ class Checkpoints:
         Raises:
             ValueError: it lacks one of them or has it in another shape.
         """
-        reader = _storage("Reader")(str(path / "training"))
+        reader = dcp.HuggingFaceStorageReader(str(path / "training"))
 
         def read() -> None:
             with warnings.catch_warnings(action="ignore"):
@@ -297,17 +306,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
         os.replace(path, trash)
         shutil.rmtree(trash, ignore_errors=True)
-
-
-def _storage(kind: str) -> Any:
-    """torch.distributed.checkpoint's safetensors storage, "Reader" or "Writer", which PyTorch has since 2.8."""
-    try:
-        return getattr(dcp, f"HuggingFaceStorage{kind}")
-    except AttributeError:
-        raise ValueError(
-            f"Checkpoints of training need PyTorch 2.8 or later, and this is {torch.__version__}; update it, or train "
-            "without checkpoints as formix compare does."
-        ) from None
 
 
 @contextlib.contextmanager
