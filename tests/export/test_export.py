@@ -180,6 +180,15 @@ def test_portable_files_need_no_formix(tmp_path):
 
 
 @pytest.mark.skipif(native_module() is None or not native_module().available()[0], reason="no CPU kernels here")
+@pytest.mark.parametrize(("cache", "needed"), [(False, "2.8"), (True, "2.10")])
+def test_older_versions_of_pytorch_are_refused(tmp_path, monkeypatch, cache, needed):
+    monkeypatch.setattr(
+        "formix.export.core.is_torch_version", lambda operation, version: (operation, version) == ("<", needed)
+    )
+    with pytest.raises(ValueError, match=rf"needs PyTorch {needed} or later, and this is"):
+        export_model("nowhere", tmp_path / "model.pt2", cache=cache)
+
+
 def test_kernels_stay_if_asked_for(tmp_path):
     export_model(model_of("bert", "relu"), tmp_path / "plain.pt2")
     sheet = export_model(model_of("bert", "relu"), tmp_path / "own.pt2", kernels=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_torch_version
 
 from formix.design import Design
 from formix.design import design as find_design
@@ -71,9 +72,14 @@ def export_model(
         What the JSON file says; `check` has the measured difference.
 
     Raises:
-        ValueError: what cannot be exported, a package that is missing, or a file that differs from the model by more
-            than the tolerance; nothing is written then.
+        ValueError: what cannot be exported, a PyTorch that is too old for it, a package that is missing, or a file
+            that differs from the model by more than the tolerance; nothing is written then.
     """
+    if is_torch_version("<", needed := "2.10" if cache else "2.8"):
+        raise ValueError(
+            f"An export{' with a cache' if cache else ''} needs PyTorch {needed} or later, and this is "
+            f"{torch.__version__}; update it."
+        )
     out = Path(out)
     format, path = _place(out, format)
     kind = formats.find(format)
