@@ -14,7 +14,7 @@
 template <class T> struct PointwiseBackward {
   using unit = typename T::unit;
   static constexpr bool pairs = T::per_unit == 2;
-  static constexpr int BLOCK = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 192 : 96;  // keys
+  static constexpr int BLOCK = T::tiles ? 768 : 1024, SHORT = T::tiles ? 768 : KEYS, STRIP = T::tiles ? 192 : 96;  // keys
   static constexpr int ROWS = T::tiles ? 192 : 96;  // query rows of a block: the depth of the products P^T dO and dS^T Q
   static constexpr int STEP = T::tiles ? 32 : MR;  // rows; with tiles a block is filled up to whole ones with zeros
   const FormixPointwise &p;
@@ -45,7 +45,8 @@ template <class T> struct PointwiseBackward {
 
   static long keys_of(const FormixPointwise &p) {
     const long wanted = (p.threads + p.B * p.Hkv - 1) / (p.B * p.Hkv);  // blocks of each head, that every thread has one
-    return even_block(p.Nk, least((long)BLOCK, greatest(4L * NR, (p.Nk + wanted - 1) / wanted)), NR);
+    const long most = p.causal && wanted > 1 ? SHORT : BLOCK;  // of which early ones have more rows than late ones
+    return even_block(p.Nk, least(most, greatest(4L * NR, (p.Nk + wanted - 1) / wanted)), NR);
   }
   static long query_gradient_size(const FormixPointwise &p) { return (p.Hq / p.Hkv * p.Nq + (T::tiles ? STEP : 0)) * round_up(p.D, W); }
 
@@ -95,10 +96,13 @@ template <class T> struct PointwiseBackward {
         memset(Q + r * LDA, 0, sizeof(unit) * units), memset(dO + r * LDA, 0, sizeof(unit) * units_v);
     for (int r = 0; r < rows; r++) {
       read_units<T>(row_of(p.q, p.type, b, h, i0 + r), p.type, D, round_up(units, W), Q + r * LDA);
-      read_units<T>(row_of(p.grad_out, p.type, b, h, i0 + r), p.type, Dv, round_up(units_v, W), dO + r * LDA);
-      if constexpr (!pairs)
-        for (int d = 0; folded && d < units_v; d += W)
-          store(dO + r * LDA + d, load(dO + r * LDA + d) * (f[r] * (float)p.scale));
+      const void *row = row_of(p.grad_out, p.type, b, h, i0 + r);
+      if constexpr (pairs) {
+        read_units<T>(row, p.type, Dv, round_up(units_v, W), dO + r * LDA);
+      } else {
+        const float factor = folded ? f[r] * (float)p.scale : 1.0f;
+        for (int d = 0; d < Dv; d += W) store(dO + r * LDA + d, read_floats(row, p.type, Dv, d) * factor);
+      }
     }
     if constexpr (pairs) {
       pack_rows<T>(p.q, p.type, b, h, i0, rows, D, Qr);
