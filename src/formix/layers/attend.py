@@ -63,7 +63,7 @@ def attend(
     for watcher in _watchers:
         boolean = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > float("-inf")
         watcher(mixer, query, key, visible_mask(boolean, is_causal, query, key), attn_bias)
-    if isinstance(mixer, Softmax):
+    if isinstance(mixer, Softmax):  # no match: PyTorch 2.6 cannot trace its patterns
         if is_causal and attn_mask is not None:
             attn_mask, is_causal = causal_mask(attn_mask, query, key), False
         if is_portable():

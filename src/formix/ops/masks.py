@@ -35,7 +35,7 @@ def without_autocast(*tensors: Any) -> contextlib.AbstractContextManager:
 
 def _device_type(tensors: tuple[Any, ...]) -> str | None:
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else None
-    if device is None or device in ("cpu", "cuda"):  # no question, which torch.compile before PyTorch 2.8 cannot trace
+    if device is None or device in ("cpu", "cuda"):  # the question cannot be traced in PyTorch 2.6
         return device
     return device if torch.amp.is_autocast_available(device) else None
 
@@ -85,7 +85,10 @@ def check_layout(name: str, x: Tensor) -> None:
 
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, below: float = math.inf) -> None:
-    """Raise `ValueError` unless low <= value < below; numbers that torch.compile traces count as numbers."""
+    """Raise `ValueError` unless low <= value < below; numbers that torch.compile traces count as numbers.
+
+    Types stand in tuples here and in the operators: PyTorch 2.6 cannot trace a union.
+    """
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -120,8 +120,9 @@ def pointwise_attention(
 
     chosen = choose("pointwise_attention", impl, query.device, refusal)
     if chosen == "native":
-        more = {"enable_gqa": enable_gqa, "signature": signature}
-        return native_module().pointwise_attention(query, key, value, **options, **more)  # type: ignore[union-attr]
+        return native_module().pointwise_attention(  # type: ignore[union-attr]
+            query, key, value, enable_gqa=enable_gqa, signature=signature, **options
+        )
     if chosen == "triton":
         return triton.pointwise_attention(query, key, value, **options)  # type: ignore[arg-type]
     with without_autocast(query):
