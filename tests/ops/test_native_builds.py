@@ -1,7 +1,8 @@
-"""The kernels built with AddressSanitizer and UndefinedBehaviorSanitizer pass the tests of the operators.
+"""Other builds of the kernels than the installed one pass the tests of the operators: with AddressSanitizer and
+UndefinedBehaviorSanitizer, and by Clang.
 
-The AMX kernels are built with emulated tiles, whose loads and stores the sanitizers see; real ones they do not, and
-the emulation runs on processors without AMX too.
+With sanitizers the AMX kernels have emulated tiles, whose loads and stores are seen; real ones are not, and the
+emulation runs on processors without AMX too.
 """
 
 import os
@@ -39,35 +40,49 @@ def _runtimes() -> list[str]:
     return found
 
 
-@pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_cmake() is None, reason="needs cmake (pip install cmake)"),
+]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the runtimes are preloaded as Linux does it")
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-@pytest.mark.skipif(_cmake() is None, reason="needs cmake (pip install cmake)")
 def test_operators_under_sanitizers(tmp_path):
     if not (runtimes := _runtimes()):
         pytest.skip("this g++ has no AddressSanitizer and UndefinedBehaviorSanitizer")
-    options = [
-        "-DFORMIX_SANITIZE=address,undefined",
-        "-DFORMIX_AMX_EMULATED=ON",
-        f"-DFORMIX_ISAS={ISA}",
-        "-DCMAKE_CXX_COMPILER=g++",
-    ]
-    _run([_cmake(), "-S", str(ROOT), "-B", str(tmp_path), *options])
-    _run([_cmake(), "--build", str(tmp_path), "--parallel", "2"])
-    environment = {
-        **os.environ,
-        "FORMIX_NATIVE": str(tmp_path / "formix_native.so"),
-        "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep what they have until they end
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-    }
-    output = _run(
-        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "-k", CASES, "tests/ops/test_native.py"],
-        environment,
+    library = _build(
+        tmp_path, "g++", "-DFORMIX_SANITIZE=address,undefined", "-DFORMIX_AMX_EMULATED=ON", f"-DFORMIX_ISAS={ISA}"
+    )
+    output = _test(
+        library,
+        LD_PRELOAD=" ".join(runtimes),
+        ASAN_OPTIONS="detect_leaks=0",  # Python and PyTorch keep what they have until they end
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
     )
     assert "test_pointwise_cases[portable" in output
     if native.isas().get("avx512_bf16") == "":
         assert "test_pointwise_cases[amx_emulated" in output
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++")
+def test_operators_by_clang(tmp_path):
+    output = _test(_build(tmp_path, "clang++"))
+    for isa, reason in native.isas().items():
+        assert reason or f"test_pointwise_cases[{isa}" in output, isa
+
+
+def _build(directory, compiler, *options):
+    _run([_cmake(), "-S", str(ROOT), "-B", str(directory), f"-DCMAKE_CXX_COMPILER={compiler}", *options])
+    _run([_cmake(), "--build", str(directory), "--parallel", "2"])
+    return directory / "formix_native.so"
+
+
+def _test(library, **environment):
+    return _run(
+        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "no:cacheprovider", "-k", CASES, "tests/ops/test_native.py"],
+        {**os.environ, "FORMIX_NATIVE": str(library), **environment},
+    )
 
 
 def _run(command, environment=None):
