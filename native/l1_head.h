@@ -35,7 +35,6 @@ template <class T> struct L1Head {  // one (batch, head)
   // Working memory.
   unit *left, *right;    // [TOKENS][LDA] each: a piece of two inputs
   float *rows, *values;  // [TOKENS][LDA] each: a piece of the output, and of an input in floats
-  float *scaled;         // [max(D, Dv)][max(Dp, Dvp)]
   unit *turned;          // with tiles: `left` transposed, [Dp or Dvp][LDA]
 
   // What the forward does not need comes last.
@@ -49,7 +48,7 @@ template <class T> struct L1Head {  // one (batch, head)
   }
   static long memory_size(const FormixL1 &p) {
     const long Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
-    return Dp * Dvp + 4L * TOKENS * LDA + (T::tiles ? greatest(Dp, Dvp) * LDA : 0);
+    return 4L * TOKENS * LDA + (T::tiles ? greatest(Dp, Dvp) * LDA : 0);
   }
   L1Head(const FormixL1 &p, long b, long h, float *sums, float *products, float *memory)
       : p(p), b(b), h(h), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {
@@ -59,7 +58,7 @@ template <class T> struct L1Head {  // one (batch, head)
     CM = (unit *)products, CG = CM + D * Dvp, MtC = CG + D * Dvp, GtC = MtC + Dv * Dp;
     u = (float *)(GtC + Dv * Dp), w = u + Dp;
     left = (unit *)memory, right = left + TOKENS * LDA, rows = memory + 2 * TOKENS * LDA, values = rows + TOKENS * LDA;
-    scaled = values + TOKENS * LDA, turned = (unit *)(scaled + Dp * Dvp);
+    turned = (unit *)(values + TOKENS * LDA);
   }
 
   void read_rows(const FormixTensor &t, long first, int n, int channels, unit *to) const {
@@ -80,30 +79,40 @@ template <class T> struct L1Head {  // one (batch, head)
                 padding.masked(first + i) ? zeros : rows + i * LDA);
   }
 
-  // sums[j] += |x_:j| over the n tokens that read_columns has laid out
-  static void add_absolute(const unit *x, int n, int padded, float *sums) {
-    const int units = (n + T::per_unit - 1) / T::per_unit;
-    for (int d = 0; d < padded; d += W) {
-      vf even = vf{}, odd = vf{};
-      for (int i = 0; i < units; i++) {
-        vu value = load((const uint32_t *)x + i * LDA + d);
-        if constexpr (pairs)
-          even += vabs((vf)(value << 16)), odd += vabs((vf)(value & 0xffff0000u));
-        else if (i & 1)
-          odd += vabs((vf)value);
-        else
-          even += vabs((vf)value);
-      }
-      store(sums + d, load(sums + d) + (even + odd));
-    }
-  }
-  // The same of rows where they are.
-  void add_absolute(const FormixTensor &x, long first, int n, const Padding &padding, float *sums) const {
-    for (int d = 0; d < Dp; d += W) {
-      vf sum[2] = {};
-      for (int i = 0; i < n; i++)
-        if (!padding.masked(first + i)) sum[i & 1] += vabs(read_floats(row_of(x, p.type, b, h, first + i), p.type, D, d));
-      store(sums + d, load(sums + d) + (sum[0] + sum[1]));
+  // norm[j] += |x_:j|_1 over n tokens; KEEP: which are also laid out as read_columns does.
+  template <bool KEEP>
+  void add_norm(const FormixTensor &x, long first, int n, const Padding &padding, float *norm, unit *to = nullptr) const {
+    alignas(64) static const uint16_t nothing[2 * 256] = {};  // as many zeros as a row has bytes
+    const char *start = row_of(x, p.type, b, h, first);
+    const long stride = x.token * element_size(p.type);
+    auto row = [&](int i) { return i < n && !padding.masked(first + i) ? start + i * stride : (const char *)nothing; };
+    auto add = [&](auto type, auto vectors, int d) {
+      constexpr int COUNT = decltype(vectors)::value;
+      vf sum[COUNT] = {}, odd[COUNT] = {};
+      for (int i = 0; i < n; i += T::per_unit)
+#pragma GCC unroll 4
+        for (int c = 0; c < COUNT; c++) {
+          vu value;
+          if constexpr (pairs) {
+            value = read_pair(row(i), row(i + 1), D, d + c * W);
+            sum[c] += vabs((vf)(value << 16)), odd[c] += vabs((vf)(value & 0xffff0000u));
+          } else {
+            value = (vu)read_floats(row(i), type.value, D, d + c * W);
+            sum[c] += vabs((vf)value);
+          }
+          if (KEEP) store((uint32_t *)to + i / T::per_unit * LDA + d + c * W, value);
+        }
+      for (int c = 0; c < COUNT; c++) store(norm + d + c * W, load(norm + d + c * W) + (sum[c] + odd[c]));
+    };
+    auto add_all = [&](auto type) {
+      int d = 0;
+      for (; d + 4 * W <= Dp; d += 4 * W) add(type, Constant<4>{}, d);
+      for (; d < Dp; d += W) add(type, Constant<1>{}, d);
+    };
+    switch (pairs ? FORMIX_BF16 : p.type) {
+      case FORMIX_F32: add_all(Constant<FORMIX_F32>{}); break;
+      case FORMIX_BF16: add_all(Constant<FORMIX_BF16>{}); break;
+      default: add_all(Constant<FORMIX_F16>{});
     }
   }
   static constexpr int STEP = T::tiles ? 32 : MR;  // rows that a product takes at once
@@ -205,19 +214,17 @@ template <class T> struct L1Head {  // one (batch, head)
   void sum(long q0, long q1, long k0, long k1, bool backward, Ahead &ahead) const {
     for (long i = k0; i < k1; i += TOKENS) {
       const int n = least((long)TOKENS, k1 - i);
-      read_columns(p.k, i, n, D, keys, left);
+      add_norm<true>(p.k, i, n, keys, k_norm, left);
       read_columns(p.v, i, n, Dv, keys, right);
-      add_absolute(left, n, Dp, k_norm);
       add_outer(D, Dv, n, M, ahead);
     }
     for (long i = q0; i < q1; i += TOKENS) {
       const int n = least((long)TOKENS, q1 - i);
       if (!backward) {
-        add_absolute(p.q, i, n, queries, q_norm);
+        add_norm<false>(p.q, i, n, queries, q_norm);
         continue;
       }
-      read_columns(p.q, i, n, D, queries, left);
-      add_absolute(left, n, Dp, q_norm);
+      add_norm<true>(p.q, i, n, queries, q_norm, left);
       read_columns(p.grad_out, i, n, Dv, queries, right);
       add_outer(D, Dv, n, G, ahead);
     }
@@ -233,26 +240,16 @@ template <class T> struct L1Head {  // one (batch, head)
   void scale_sums(bool backward) const {
     alignas(64) float M_scale[256], G_scale[256], q_scale[256], k_scale[256], dot[256];
     factors(k_norm, *shrunk_M, M_scale);  // K^T V -> M
-    auto scale_into = [&](const float *from, const float *first, const float *second, unit *to) {
-      for (int j = 0; j < D; j++)
-        for (int d = 0; d < Dvp; d += W) store(scaled + j * Dvp + d, load(from + j * Dvp + d) * first[j] * second[j]);
-      pack_matrix<T>(scaled, D, Dvp, to);
-    };
-    auto transpose_into = [&](const float *from, const float *first, const float *second, unit *to) {
-      for (int d = 0; d < Dv; d++)
-        for (int j = 0; j < Dp; j++) scaled[d * Dp + j] = j < D ? from[j * Dvp + d] * first[j] * second[j] : 0.0f;
-      pack_matrix<T>(scaled, Dv, Dp, to);
-    };
     if (!backward) {
       factors(q_norm, large(q_norm), q_scale);
-      return scale_into(M, M_scale, q_scale, CM);
+      return pack_scaled<T>(M, D, Dvp, M_scale, q_scale, CM);
     }
     factors(q_norm, *shrunk_G, G_scale);  // Q^T dO -> G
     factors(k_norm, large(k_norm), k_scale);
-    scale_into(G, G_scale, k_scale, CG);
+    pack_scaled<T>(G, D, Dvp, G_scale, k_scale, CG);
     factors(q_norm, false, q_scale), factors(k_norm, false, k_scale);
-    transpose_into(M, M_scale, q_scale, MtC);
-    transpose_into(G, G_scale, k_scale, GtC);
+    pack_scaled_transposed<T>(M, D, Dv, M_scale, q_scale, MtC);
+    pack_scaled_transposed<T>(G, D, Dv, G_scale, k_scale, GtC);
     for (int j = 0; j < D; j++) {
       vf sum = vf{};
       for (int d = 0; d < Dvp; d += W)

@@ -133,8 +133,11 @@ static void pack_rows(const FormixTensor &t, int64_t type, long b, long h, long 
     const void *low = row(j), *high = row(j + 1);
     uint32_t *put = (uint32_t *)to + j / T::per_unit * ld;
     int d = 0;
-    if constexpr (T::per_unit == 2)  // without a look at the rows' end
+    // without a look at the rows' end
+    if constexpr (T::per_unit == 2)
       for (; d + W <= channels; d += W, put += W) store(put, pair_of((const uint16_t *)low + d, (const uint16_t *)high + d));
+    else if (type == FORMIX_F32)
+      for (; d + W <= channels; d += W, put += W) store((float *)put, load((const float *)low + d));
     for (; d < padded; d += W, put += W) {
       if constexpr (T::per_unit == 1)
         store(put, read_vector<T>(low, type, channels, d));
@@ -189,18 +192,37 @@ static inline void transpose_units(const uint32_t *from, long ld, int n, int col
     }
 }
 
-// A matrix [rows][padded] of floats -> units along its rows, as above.
-template <class T> static INLINE void pack_matrix(const float *from, int rows, int padded, typename T::unit *to) {
-  if constexpr (T::per_unit == 1) {
-    memcpy(to, from, sizeof(float) * rows * padded);
-  } else {
-    for (int i = 0; i < rows; i += 2)
-      for (int d = 0; d < padded; d += W) {
-        vu low = bf16_bits(load(from + i * padded + d));
-        vu high = i + 1 < rows ? bf16_bits(load(from + (i + 1) * padded + d)) : vu{};
-        store(to + i / 2 * padded + d, low | (high << 16));
+// A matrix [rows][padded] of floats, row i times first[i] and then second[i] -> units along its rows, as above.
+template <class T>
+static void pack_scaled(const float *from, int rows, int padded, const float *first, const float *second, typename T::unit *to) {
+  auto row = [&](int i, int d) { return load(from + (long)i * padded + d) * first[i] * second[i]; };
+  for (int i = 0; i < rows; i += T::per_unit)
+    for (int d = 0; d < padded; d += W, to += W) {
+      if constexpr (T::per_unit == 1)
+        store(to, row(i, d));
+      else
+        store(to, bf16_bits(row(i, d)) | (i + 1 < rows ? bf16_bits(row(i + 1, d)) << 16 : vu{}));
+    }
+}
+// The same of the transposed one, whose rows are padded to vectors too.
+template <class T>
+static void pack_scaled_transposed(const float *from, int rows, int columns, const float *first, const float *second,
+                                   typename T::unit *to) {
+  const int padded = round_up(columns, W), ld = round_up(rows, W);
+  for (int d = 0; d < columns; d += W)
+    for (int i = 0; i < rows; i += W) {
+      vu block[W];
+      for (int r = 0; r < W; r++)
+        block[r] = i + r < rows ? (vu)(load(from + (long)(i + r) * padded + d) * first[i + r] * second[i + r]) : vu{};
+      transpose(block);
+      for (int r = 0; r < W && d + r < columns; r += T::per_unit) {
+        typename T::unit *put = to + (long)(d + r) / T::per_unit * ld + i;
+        if constexpr (T::per_unit == 1)
+          store(put, (vf)block[r]);
+        else
+          store(put, bf16_bits((vf)block[r]) | (bf16_bits((vf)block[r + 1]) << 16));
       }
-  }
+    }
 }
 
 // Asks for the memory of tokens that will be read soon, a few cache lines at a time between blocks of arithmetic: the rows
