@@ -322,10 +322,11 @@ def test_a_damaged_table_of_a_run_that_goes_on_is_named(name, trained, tmp_path,
     assert main(command) == 0
 
 
-def test_damaged_settings_of_a_run_are_named(trained, tmp_path, capsys):
+@pytest.mark.parametrize("damaged", ["{", "[1]", "{}"])
+def test_damaged_settings_of_a_run_are_named(damaged, trained, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    (out / "config.json").write_text("{")
+    (out / "config.json").write_text(damaged)
     assert main(["eval", str(out)]) == 2
     assert f"{out / 'config.json'} is damaged" in capsys.readouterr().err
     assert main(["eval", str(out / "model"), "--data=digits", "--limit=128"]) == 0
