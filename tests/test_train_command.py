@@ -309,6 +309,15 @@ def test_a_run_that_returns_to_a_checkpoint_leaves_no_rows_of_what_it_left(tmp_p
     assert (tmp_path / "diagnostics.csv").read_text().splitlines() == ["step,figure,layer,value"]
 
 
+@pytest.mark.parametrize("policy", ["stop", "rewind"])
+def test_a_run_that_diverged_is_advised_what_it_did_not_try(policy, tmp_path, capsys):
+    wild = ["--optimizer=sgd", "--lr=10", "--clip=0", "--warmup=0", "--weight-decay=1e6", f"--on-divergence={policy}"]
+    assert main(["train", *SMALL, *wild, "--save-steps=1", f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert "The run diverged: " in said
+    assert ("or use --on-divergence=rewind" in said) == (policy == "stop")
+
+
 @pytest.mark.parametrize("name", ["metrics.csv", "diagnostics.csv"])
 def test_a_damaged_table_of_a_run_that_goes_on_is_named(name, trained, tmp_path, capsys):
     out = tmp_path / "out"
@@ -322,10 +331,11 @@ def test_a_damaged_table_of_a_run_that_goes_on_is_named(name, trained, tmp_path,
     assert main(command) == 0
 
 
-def test_damaged_settings_of_a_run_are_named(trained, tmp_path, capsys):
+@pytest.mark.parametrize("damaged", ["{", "[1]", "{}"])
+def test_damaged_settings_of_a_run_are_named(damaged, trained, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    (out / "config.json").write_text("{")
+    (out / "config.json").write_text(damaged)
     assert main(["eval", str(out)]) == 2
     assert f"{out / 'config.json'} is damaged" in capsys.readouterr().err
     assert main(["eval", str(out / "model"), "--data=digits", "--limit=128"]) == 0

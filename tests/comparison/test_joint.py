@@ -51,6 +51,12 @@ def test_what_every_task_has_to_say_is_below(both):
     assert "stdlib: For reference, bits per byte of byte bigram 3.52." in text
 
 
+def test_designs_that_all_diverged_have_no_figures_to_explain(images):
+    text = joint_markdown([on(images, "digits", softmax=[], paf=[])])
+    assert "| `softmax` | – |" in text
+    assert "Test split" not in text
+
+
 def test_pages_can_include_it(both, tmp_path):
     for number, results in enumerate(both):
         write_results(results, tmp_path / f"{number}.json")

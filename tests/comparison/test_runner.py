@@ -144,6 +144,11 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="no comparison of formix's"):
         compare(CompareConfig(**SMALL, out=str(tmp_path)))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "formix_bert"}')
+    with pytest.raises(ValueError, match="no comparison of formix's"):
+        compare(CompareConfig(**SMALL, out=str(model)))
     config = CompareConfig(**SMALL, out=str(tmp_path / "out"))
     compare(config)
     before = (tmp_path / "out" / "results.json").read_bytes()

@@ -55,6 +55,26 @@ def test_what_was_saved_to_disk(offline, tmp_path):
     assert load_data(f"hf:{tmp_path / 'two'}", sequence_length=16).provenance["bytes"]["test"] == 1100
 
 
+def test_the_record_says_which_split_became_the_test_set(offline, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    words = Dataset.from_dict({"text": ["some words"] * 100})
+    DatasetDict({"train": words, "val": words}).save_to_disk(tmp_path)
+    data = load_data(f"hf:{tmp_path}", sequence_length=16)
+    assert "train is the data set's train, test is the data set's val;" in data.provenance["preprocessing"]
+
+
+def test_an_empty_cell_is_no_image(offline, tmp_path):
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageColumn
+
+    features = Features({"image": ImageColumn(), "label": ClassLabel(names=["cat", "dog"])})
+    pictures = [Image.fromarray(np.full((6, 8, 3), i, dtype=np.uint8)) for i in range(7)]
+    Dataset.from_dict({"image": [*pictures, None], "label": [0, 1] * 4}, features).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match=r"train 7' cannot be read \(its cell is empty\)"):
+        load_data(f"hf:{tmp_path}")
+
+
 def test_empty_cells_are_empty_lines(offline, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "word"}\n{"text": null}\n' * 100)
     data = load_data(f"hf:{tmp_path}", sequence_length=16)

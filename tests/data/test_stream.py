@@ -70,6 +70,21 @@ def test_a_folder_is_listed_once_until_it_changes(tmp_path, cache, monkeypatch):
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: bytes([b[0] ^ 1]) + b[1:], None])
+def test_a_damaged_index_is_made_anew(tmp_path, cache, damage):
+    root = tree(tmp_path / "pictures", ("train", "test"), count=4)
+    first = load_data(f"stream:{root}")
+    (index,) = cache.iterdir()
+    for path in sorted(index.iterdir()):
+        if damage is None:
+            path.unlink()
+        else:
+            path.write_bytes(damage(path.read_bytes()))
+        again = load_data(f"stream:{root}")
+        assert again.provenance == first.provenance
+        assert torch.equal(again.test.labels, first.test.labels)
+
+
 def test_images_are_on_disk_and_not_in_memory(tmp_path):
     root = tree(tmp_path / "pictures", ("train", "test"), size=(9, 7))
     data = load_data(f"stream:{root}", img_size=6, limit=10)

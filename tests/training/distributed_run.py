@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import formix
 from formix.data import load_data
 from formix.training import Checkpoints, Interrupted, Step, TrainConfig, evaluate, train
+from formix.training.parallel import gathered
 
 TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0, "class_token": False, "global_pool": "avg"}
 SERVER = multiprocessing.get_context("forkserver")  # imports once, then starts processes in no time
@@ -25,13 +26,12 @@ SERVER.set_forkserver_preload(["training.distributed_run", "timm", "transformers
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
     """Train `designs` one after the other, stopped by a signal at step `stop_at`; what the runs showed."""
-    data = load_data("digits", limit=300)
+    data = load_data("digits", limit=300, **settings.get("data", {}))
     results = {}
     for design in settings["designs"]:
         set_seed(0)
-        model = formix.create_model(
-            "vit_tiny_patch16_224", design, **TINY, img_size=8, patch_size=4, in_chans=1, num_classes=10
-        )
+        name, arguments = settings.get("model", ("vit_tiny_patch16_224", {**TINY, "img_size": 8, "patch_size": 4}))
+        model = formix.create_model(name, design, **arguments, in_chans=1, num_classes=10)
         losses = {}
 
         def on_step(step: Step, losses: dict = losses) -> None:
@@ -43,9 +43,8 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
         checkpoints = Checkpoints(Path(directory, design), minutes=0) if directory else None
         # odd batches, so that one process has a sample fewer, and the last batch of an epoch is smaller
         changes = settings.get("config", {})
-        config = TrainConfig(
-            epochs=5.0, batch_size=31, accumulation=2, ema=0.9, precision="float32", evaluations=2, **changes
-        )
+        usual = {"epochs": 5.0, "batch_size": 31, "accumulation": 2, "ema": 0.9, "precision": "float32"}
+        config = TrainConfig(**{**usual, "evaluations": 2, **changes})
         parallel = settings.get("parallel", "ddp")
         try:
             result = train(model, data, config, checkpoints=checkpoints, parallel=parallel, on_step=on_step)
@@ -57,6 +56,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
             "curve": [point.validation for point in result.curve],
             "test": evaluate(model, data, "test", batch_size=50),
             "samples": result.samples,
+            "statistics": gathered({n: b.tolist() for n, b in model.named_buffers() if b.is_floating_point()}),
             "ema": {name: tensor.tolist() for name, tensor in whole_weights(model).items()},
         }
     return results

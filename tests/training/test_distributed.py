@@ -81,6 +81,16 @@ def test_shards_are_trained_by_sgd_too(tmp_path):
     assert_same(distributed_run.main(settings), ended)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_processes_measure_with_the_statistics_of_batch_norm_that_are_saved(tmp_path, parallel):
+    model = ("xcit_nano_12_p16_224", {"depth": 1, "embed_dim": 16, "num_heads": 2, "img_size": 32})
+    settings = {"designs": ["sima"], "model": model, "config": {"epochs": 1.0}, "data": {"img_size": 32}}
+    ended = distributed_run.launch(2, tmp_path / "out", {**settings, "parallel": parallel})
+    first, second = ended["sima"]["statistics"]
+    assert first
+    assert first == second
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_the_usual_launchers_start_it(tmp_path, launcher):

@@ -96,9 +96,8 @@ def train(arguments: list[str]) -> int:
         latest = checkpoints.latest
         if result.diverged:
             where = f"{latest} is the last checkpoint before it" if latest else "there is no checkpoint before it"
-            raise ValueError(
-                f"The run diverged: {result.diverged}; {where}. Lower --lr, or use --on-divergence=rewind."
-            )
+            rewind = ", or use --on-divergence=rewind" if training.on_divergence == "stop" else ""
+            raise ValueError(f"The run diverged: {result.diverged}; {where}. Lower --lr{rewind}.")
         test = evaluate(model, data, "test")
         if first:
             assert latest is not None

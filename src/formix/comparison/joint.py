@@ -31,8 +31,9 @@ def joint_markdown(several: Sequence[Results]) -> str:
     ]
     counts = " or ".join(map(str, sorted(seeds))) + (" seed" if seeds == {1} else " seeds")
     against = " or ".join(sorted(filter(None, baselines)))
+    read = f"mean ± deviation over {counts}; below, the paired difference to {against} and its 95 % interval."
     notes = [
-        f"Test split: mean ± deviation over {counts}; below, the paired difference to {against} and its 95 % interval.",
+        *([f"Test split: {read}"] if seeds else []),  # unless no run finished
         *(f"{name}: {line}" for name, results in zip(names, several, strict=True) for line in footnotes(results)),
     ]
     lines = ["| " + " | ".join(cells) + " |" for cells in (["Design", *heads], *rows.values())]

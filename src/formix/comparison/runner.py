@@ -252,16 +252,19 @@ def _claimed(out: Path, config: CompareConfig, data: Data) -> Iterator[None]:
     path, mine = out / "config.json", {"defining": defining, "config": dataclasses.asdict(config)}
     if path.is_file():
         try:
-            theirs = json.loads(path.read_text())["defining"]
-        except (ValueError, KeyError, TypeError):
+            saved = json.loads(path.read_text())
+        except ValueError:
             raise ValueError(f"{path} is damaged; remove {out} or choose another directory with --out.") from None
+        theirs = saved.get("defining") if isinstance(saved, dict) else None
+        if not isinstance(theirs, dict):  # the config of a model, or of a training run
+            raise _foreign(out)
         changed = sorted(k for k in mine["defining"] if theirs.get(k) != mine["defining"][k])
         if changed:
             raise ValueError(
                 f"{out} holds a comparison with another {', '.join(changed)}; remove it or choose another --out."
             )
     elif out.exists() and (not out.is_dir() or any(p.name != LOCK for p in out.iterdir())):
-        raise ValueError(f"{out} exists and is no comparison of formix's; choose another directory with --out.")
+        raise _foreign(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK, timeout=0)
     try:
@@ -276,3 +279,7 @@ def _claimed(out: Path, config: CompareConfig, data: Data) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _foreign(out: Path) -> ValueError:
+    return ValueError(f"{out} exists and is no comparison of formix's; choose another directory with --out.")

@@ -34,7 +34,8 @@ def load_hub(request: Request) -> Data:
         raise ValueError(f"{request.name!r} could not be loaded by the datasets library ({reason}).") from error
     if isinstance(loaded, datasets.Dataset):
         loaded = {"train": loaded}
-    tables = {split: loaded[word] for split in SPLITS for word in SPLIT_WORDS[split] if word in loaded}
+    words = {split: word for split in SPLITS for word in SPLIT_WORDS[split] if word in loaded}
+    tables = {split: loaded[word] for split, word in words.items()}
     if "train" not in tables:
         raise ValueError(f"{request.name!r} has the splits {', '.join(loaded)}; one named train is needed.")
     features = tables["train"].features
@@ -51,8 +52,8 @@ def load_hub(request: Request) -> Data:
             "needed are an Image and a ClassLabel, or one named text."
         )
     if "test" not in tables and "validation" in tables:
-        tables["test"] = tables.pop("validation")
-    how = ", ".join(f"{split} is the data set's {table.split or split}" for split, table in tables.items())
+        tables["test"], words["test"] = tables.pop("validation"), words["validation"]
+    how = ", ".join(f"{split} is the data set's {table.split or words[split]}" for split, table in tables.items())
     provenance: dict[str, Any] = {
         "source": f"datasets.load_dataset, {request.argument}",
         "licence": tables["train"].info.license or "see the data set's card",
@@ -76,6 +77,8 @@ def load_hub(request: Request) -> Data:
 
 def _image_bytes(table: Any, row: int, column: str) -> bytes:
     stored = table[row][column]
+    if stored is None:
+        raise ValueError("its cell is empty")
     return stored["bytes"] or Path(stored["path"]).read_bytes()
 
 

@@ -32,6 +32,7 @@ _log = logging.getLogger("formix")
 SAMPLED = 256  # images whose sizes are looked at
 # the files of a split's N images: their names one after the other, where each begins [N + 1], and their labels [N]
 PARTS: dict[str, type] = {"names": np.uint8, "offsets": np.int64, "labels": np.int32}
+SUMS = "sums.json"  # the SHA-256 of each file of an index
 Index = dict[str, np.ndarray]
 
 
@@ -54,9 +55,9 @@ def load_stream(request: Request) -> Data:
 
     Splits are those of `folder:PATH`; what is missing is held out of train by a hash of each file's name, so that no
     list is needed for it. Images lie directly in their class's folder. The index goes to formix's cache
-    (`FORMIX_CACHE`, else ~/.cache/formix) and is made anew when a folder has changed. With `on_bad_sample="skip"` all
-    images are read when it is made, and it lacks those that cannot be. ValueError for a path that is no such folder, or
-    a class without images.
+    (`FORMIX_CACHE`, else ~/.cache/formix) and is made anew when a folder has changed or the index is damaged. With
+    `on_bad_sample="skip"` all images are read when it is made, and it lacks those that cannot be. ValueError for a path
+    that is no such folder, or a class without images.
     """
     root = Path(request.argument)
     splits, how = _folders(root)
@@ -135,10 +136,18 @@ def _index(root: Path, splits: dict[str, str], request: Request) -> tuple[dict[s
 
 
 def _holds(folder: Path, root: Path) -> bool:
-    """Whether there is an index, and the files that it leaves out are still unreadable."""
-    return folder.is_dir() and not any(
-        readable(_file(root, path) for files in _skipped(folder).values() for path in files)
-    )
+    """Whether there is an intact index, and the files that it leaves out are still unreadable."""
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+        intact = all(_sum(folder / name) == expected for name, expected in sums.items())
+    except (OSError, ValueError):
+        return False
+    return intact and not any(readable(_file(root, path) for files in _skipped(folder).values() for path in files))
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _skipped(folder: Path) -> dict[str, list[str]]:
@@ -189,6 +198,7 @@ def _write(folder: Path, root: Path, splits: dict[str, str], absent: dict[str, f
         (folder / "skipped.json").write_text(
             json.dumps({split: [path for path, _ in files] for split, files in skipped.items()})
         )
+    (folder / SUMS).write_text(json.dumps({path.name: _sum(path) for path in sorted(folder.iterdir())}))
 
 
 def _judged(images: Iterator[tuple[str, int]], root: Path, skip: bool) -> Iterator[tuple[str, int, bool]]:

@@ -94,8 +94,8 @@ class OutputDirectory:
         if self.checkpoints.is_dir():
             return self.config.is_file()
         try:
-            return {"data", "out", "lr"} <= json.loads(self.config.read_text()).keys()
-        except (OSError, ValueError, AttributeError):
+            return {"out", "lr"} <= _read_settings(self.config).keys()
+        except (OSError, ValueError):
             return False
 
     def claim(self, config: dict[str, Any]) -> None:
@@ -138,13 +138,25 @@ def trained_model(directory: Path) -> tuple[Path, dict[str, Any]]:
     """
     if not (directory / "checkpoints").is_dir():
         return directory, {}
-    out = OutputDirectory(directory)
-    if not out.model.is_dir():
-        raise ValueError(f"{out.path} has no model yet; finish its training, or give a checkpoint's model directory.")
+    model, config = directory / "model", directory / "config.json"
+    if not model.is_dir():
+        raise ValueError(f"{directory} has no model yet; finish its training, or give a checkpoint's model directory.")
     try:
-        return out.model, json.loads(out.config.read_text())
+        return model, _read_settings(config)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{out.config} is damaged ({error}); give {out.model} instead.") from None
+        raise ValueError(f"{config} is damaged ({error}); give {model} instead.") from None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a run, from its config.json.
+
+    Raises:
+        OSError, ValueError: there are none.
+    """
+    settings = json.loads(path.read_text())
+    if not isinstance(settings, dict) or "data" not in settings:
+        raise ValueError("it has no settings of a run")
+    return settings
 
 
 class _StepsFile:

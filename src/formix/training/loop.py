@@ -31,6 +31,7 @@ from formix.training.order import BatchOrder
 from formix.training.parallel import (
     Parallel,
     distribute,
+    follow_first,
     from_first,
     gathered,
     local,
@@ -270,6 +271,7 @@ class _Run:
 
     def _evaluate(self, progress: float) -> Point:
         with self.clock:
+            follow_first(self._statistics())
             with self.ema.applied(self.whole) if self.ema is not None else contextlib.nullcontext():
                 metric = self.objective.metric(self.whole)
             place = self.place
@@ -284,6 +286,15 @@ class _Run:
             place.due = math.floor(progress * self.config.evaluations) + 1
             self.result.curve.append(point)
         return point
+
+    def _statistics(self) -> Iterator[torch.Tensor]:
+        """BatchNorm's, and their averages: of a process's own samples, while the first one's are saved."""
+        averages = self.ema.weights if self.ema is not None else {}
+        for name, buffer in self.whole.named_buffers():
+            if buffer.is_floating_point():
+                yield buffer
+                if name in averages:
+                    yield averages[name]
 
     def _save(self, checkpoints: Checkpoints) -> None:
         with self.clock:
