@@ -249,6 +249,7 @@ WRONG_SOURCES = {
     "0_1_3_0_0_0": "source of layer 2 is 3",
     (None, 1, 0, 0, 0, 0): None,
     (None, 0, 1): "names 3 layers, the model has 6",
+    "2_1_2_3_4_5": "source of layer 0 is 2; it must be None, for no layer is earlier",
     (None, 2, 0, 0, 0, 0): "source of layer 1 is 2",
     (None, 0, -1, 0, 0, 0): "source of layer 2 is -1",
 }

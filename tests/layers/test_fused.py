@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from oracles import close
+from timm.layers import DropPath
 from torch import nn
 
 import formix
@@ -103,6 +104,16 @@ def test_active_dropout_keeps_the_branches_apart(options, monkeypatch):
     assert not calls
     block.eval()(x)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{"proj_drop": 0.5}, {"drop_path": 0.5}], ids=str)
+def test_dropouts_alone_in_training_mode(options):
+    block, x = block_of(**options).eval(), torch.randn(16, 7, DIM)
+    assert torch.equal(block(x), block(x))
+    for part in block.modules():
+        if isinstance(part, nn.Dropout | DropPath):
+            part.train()
+    assert not torch.equal(block(x), block(x))
 
 
 def test_dropout_of_attention_weights_alone_can_be_fused(monkeypatch):

@@ -147,6 +147,19 @@ def test_a_design_with_weights_that_a_directory_lacks_is_refused(family, saved):
             formix.create_model(directory, design)
 
 
+@pytest.mark.parametrize("architectures", [["BertForNextSentencePrediction"], None], ids=str)
+def test_a_head_that_a_directory_lacks_has_to_be_asked_for(architectures, tmp_path):
+    stock = hf.BertForNextSentencePrediction(hf.BertConfig(**BERT))
+    stock.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+    with pytest.raises(ValueError, match=r"no weights for the head of a FormixBertForMaskedLM .*Give task"):
+        formix.create_model(tmp_path, "relu")
+    for task in ("masked-lm", "features"):
+        model = formix.create_model(tmp_path, "relu", task=task)
+        assert torch.equal(model.get_input_embeddings().weight, stock.get_input_embeddings().weight)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

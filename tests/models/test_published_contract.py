@@ -8,7 +8,7 @@ import timm
 import torch
 from oracles import close
 from timm.layers import resample_abs_pos_embed
-from timm.models import group_parameters
+from timm.models import create_feature_extractor, group_parameters
 from timm.optim import param_groups_weight_decay
 
 import formix
@@ -213,6 +213,14 @@ def test_export(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_export_of_all(name):
     export(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_by_tracing(name):
+    """timm's FX extractor takes any node of the graph; blocks and attentions are leaves of it."""
+    model, images = randomised(name)
+    head = model.pretrained_cfg["classifier"]
+    close(create_feature_extractor(model, [head])(images)[head], model(images), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sima_nano_12_p16", "activator_32_p4", "relu_vit_small_patch16_224"])

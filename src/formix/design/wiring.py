@@ -73,9 +73,8 @@ class Wiring:
             raise ValueError(f"source names {len(explicit)} layers, the model has {depth}; give one entry per layer.")
         for layer, s in enumerate(explicit):
             if s is not None and not 0 <= s < layer:
-                raise ValueError(
-                    f"source of layer {layer} is {s}; it must be None or an earlier layer, 0 to {layer - 1}."
-                )
+                allowed = f"None or an earlier layer, 0 to {layer - 1}" if layer else "None, for no layer is earlier"
+                raise ValueError(f"source of layer {layer} is {s}; it must be {allowed}.")
         return explicit
 
     def _resolve_preset(self, depth: int) -> tuple[int | None, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from formix.design import GatedUnit, Mixer, Sima, Softmax
@@ -18,6 +19,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda g: g, "silu":
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each [B, H, N, D]
 
 
+@register_notrace_module  # a leaf of timm's FX extractor: the mask and the implementation are chosen in Python
 class Attention(nn.Module):
     """y = proj(g * mixer(Q, K, V)), Q, K, V = split(qkv(x)), with an optional gate g = act(gate(x)).
 

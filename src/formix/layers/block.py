@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, register_notrace_module
 from torch import Tensor, nn
 
 from formix.design import Design, LayerDesign, Sima
@@ -19,6 +19,7 @@ from formix.layers.gated_unit import GatedUnit
 from formix.layers.layout import Norm, compose, norm_position, norms_used
 
 
+@register_notrace_module  # as Attention: the joined form of parallel blocks reads its parts' weights
 class Block(nn.Module):
     """A transformer block of any design on [B, N, C], with timm's constructor words and parameter names.
 

@@ -48,11 +48,12 @@ class FusedParallel:
         bypassed = (*linears, attn, attn.proj_drop, mlp, mlp.drop1, mlp.drop2, self.block[0].ls1, self.block[0].ls2)
         if any(type(m) is not nn.Linear for m in linears) or any(_hooked(m) for m in bypassed):
             return False
-        if not self.block[0].training:
-            return True
+        # each part's own mode: for Monte Carlo dropout the dropouts of an evaluated model are put in training mode
         drops = (attn.proj_drop, mlp.drop1, mlp.drop2)
         paths = (self.block[0].drop_path1, self.block[0].drop_path2)
-        return all(d.p == 0 for d in drops) and all(isinstance(p, nn.Identity) for p in paths)
+        return not any(d.training and d.p > 0 for d in drops) and not any(
+            p.training and not isinstance(p, nn.Identity) for p in paths
+        )
 
     def __call__(
         self, h: Tensor, attn_mask: Tensor | None, is_causal: bool, source_kv: KeyValue | None

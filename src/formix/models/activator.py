@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.layers import register_notrace_function
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -276,11 +277,8 @@ class ActivatorClassifier(ImageModel, nn.Module):
         return {"stem": r"^patcher", "blocks": r"^model\.(\d+)"}
 
     def _tokens(self, x: Tensor) -> Tensor:
-        if self.kind == "ninformer" and tuple(x.shape[-2:]) != self.size:
-            raise ValueError(
-                f"The image is {x.shape[-2]} x {x.shape[-1]}, but NiNformer's token mixing is built for "
-                f"{self.size[0]} x {self.size[1]}: resize the image or give img_size."
-            )
+        if self.kind == "ninformer":
+            check_size(x, self.size)
         return self.patcher(x).flatten(2).transpose(1, 2)  # [B, N, C]
 
     def _run(self, x: Tensor, taken: dict[int, Tensor], stop_after: int | None = None) -> Tensor:
@@ -292,6 +290,16 @@ class ActivatorClassifier(ImageModel, nn.Module):
             if i == stop_after:
                 break
         return x
+
+
+@register_notrace_function  # the size is no number while timm's FX extractor traces
+def check_size(x: Tensor, size: tuple[int, int]) -> None:
+    """Raise `ValueError` for images [B, C, H, W] of another height or width."""
+    if tuple(x.shape[-2:]) != size:
+        raise ValueError(
+            f"The image is {x.shape[-2]} x {x.shape[-1]}, but NiNformer's token mixing is built for "
+            f"{size[0]} x {size[1]}: resize the image or give img_size."
+        )
 
 
 def _pool(global_pool: str) -> str:

@@ -257,7 +257,7 @@ def from_directory(
         ignore_mismatched_sizes=not own_task,  # the classifier of other classes; anything else is refused below
     )
     as_saved = own_task and design is None and stored["model_type"] == FormixCvtConfig.model_type
-    check_loaded(model, report, directory, layers="layers", whole=as_saved)
+    check_loaded(model, report, directory, layers="layers", whole=as_saved, new_head=not own_task)
     return model
 
 

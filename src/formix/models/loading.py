@@ -50,13 +50,16 @@ def read_weights(model_class: Any, directory: Path, **options: Any) -> tuple[Any
         raise ValueError(f"The weights in {directory} cannot be read ({reason}); save the model again.") from None
 
 
-def check_loaded(model: Any, report: Mapping[str, Any], directory: Path, *, layers: str, whole: bool) -> None:
+def check_loaded(
+    model: Any, report: Mapping[str, Any], directory: Path, *, layers: str, whole: bool, new_head: bool
+) -> None:
     """Announce in the log the weights of layers that had no place in `model`.
 
     Args:
         report: what transformers' `from_pretrained` says of loading.
         layers: the name of the list of layers in the names of parameters.
         whole: the directory must bring every weight, and none besides; else all but those of a new head or pooler.
+        new_head: the caller asked for a head, whose weights the directory need not have.
 
     Raises:
         ValueError: the directory has weights of another shape, or lacks some; with `whole`, if its layers have more.
@@ -69,6 +72,12 @@ def check_loaded(model: Any, report: Mapping[str, Any], directory: Path, *, laye
         raise ValueError(
             f"{directory} has no weights for {len(missing)} parameters of this design ({', '.join(missing[:3])}, ...): "
             "they would stay random. Train the design from scratch or convert the model."
+        )
+    headless = sorted(k for k in report["missing_keys"] if not k.startswith(inside))
+    if headless and not new_head:
+        raise ValueError(
+            f"{directory} has no weights for the head of a {type(model).__name__} ({', '.join(headless[:3])}, ...): it "
+            "would be random. Give task: the one whose head you train anew, or 'features' for a model without a head."
         )
     homeless = sorted(k for k in report["unexpected_keys"] if f".{layers}." in f".{k}")
     if homeless and whole:

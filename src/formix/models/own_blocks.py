@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from timm.layers import trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -81,6 +81,7 @@ def convert_block(block: Any, layer: LayerDesign) -> None:
     keep_layout(block, layer.layout)
 
 
+@register_notrace_module  # type: ignore[arg-type]  # a leaf, as formix.layers.Attention
 class MixerAttention:
     """What timm's attentions of any kind become: everything around the operator stays, for [B, N, C] inputs."""
 

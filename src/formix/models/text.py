@@ -179,8 +179,8 @@ def from_directory(
     ``design("paf", official=True)`` here.
 
     Raises:
-        ValueError: a family that formix does not know, a design with weights that the directory does not have, or
-            one other than the wiring that a pruned directory was pruned for.
+        ValueError: a family that formix does not know, a design or, without `task`, a head with weights that the
+            directory does not have, or a design other than the wiring that a pruned directory was pruned for.
     """
     stored = json.loads((directory / "config.json").read_text())
     family = str(stored.get("model_type", "")).removeprefix("formix_")
@@ -220,7 +220,7 @@ def from_directory(
     missing = report["missing_keys"]
     if as_saved and missing and all(k.startswith("pooler.") for k in missing):
         model.pooler, report["missing_keys"] = None, set()  # it was saved without: BertModel(add_pooling_layer=False)
-    check_loaded(model, report, directory, layers=_LAYERS[family], whole=as_saved)
+    check_loaded(model, report, directory, layers=_LAYERS[family], whole=as_saved, new_head=not own_task)
     if not as_saved:
         model.conversion_record = None  # it is about the directory's own design
     return model
