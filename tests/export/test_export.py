@@ -156,6 +156,11 @@ def test_sliding_windows(tmp_path):
     assert export_model(model, tmp_path / "model.pt2").check.relative <= 1e-4
 
 
+def test_large_heads_of_decoders(tmp_path):
+    model = model_of("llama", "softmax", head_dim=128)
+    assert export_model(model, tmp_path / "model.xml").check.relative <= 1e-4
+
+
 def test_fixed_sizes(tmp_path):
     sheet = export_model(model_of("bert", "relu"), tmp_path / "model.pt2", batch=2, tokens=16)
     assert sheet.axes == {}
