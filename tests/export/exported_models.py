@@ -14,6 +14,10 @@ TEXT = tuple(SMALL)
 IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {"embed_dim": 24, "num_heads": 3, "img_size": 32}),
     "deit": ("deit_tiny_distilled_patch16_224", {"embed_dim": 24, "num_heads": 3, "img_size": 32}),
+    "dinov2": (
+        "vit_small_patch14_dinov2",
+        {"embed_dim": 24, "num_heads": 3, "img_size": 28, "dynamic_img_size": True, "pos_antialias": False},
+    ),
     "rope": ("vit_small_patch16_rope_224", {"img_size": 32}),
     "relpos": ("vit_relpos_small_patch16_224", {"img_size": 32}),
     "xcit": ("xcit_nano_12_p16_224", {"img_size": 32}),

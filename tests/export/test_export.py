@@ -17,12 +17,20 @@ from formix.records import read
 
 DECODERS = ("gpt2", "llama")
 PAIRS = [(family, design) for family in ("vit", "bert", "gpt2") for design in possible(family)]
-OTHERS = [(family, "relu") for family in ("llama", "roberta", "distilbert", "deit", "rope", "relpos", "xcit", "cvt")]
+OTHERS = [
+    (family, "relu") for family in ("llama", "roberta", "distilbert", "deit", "dinov2", "rope", "relpos", "xcit", "cvt")
+]
 OTHERS += [(family, None) for family in ("sima", "relu_vit", "activator", "ninformer")]
 COMBINED = [("bert", "relu+paf+skip"), ("llama", "relu+skip"), ("llama", "softmax"), ("xcit", "sima"), ("cvt", "sima")]
 ALL = [*PAIRS, *OTHERS, *COMBINED]
 # of every operator and kind of mask one is fast; slow are the other designs, and the other families in other runtimes
-TORCH = [*[pair for pair in PAIRS if pair[0] == "vit"], ("bert", "relu"), ("gpt2", "softmax"), ("gpt2", "skip")]
+TORCH = [
+    *[pair for pair in PAIRS if pair[0] == "vit"],
+    ("dinov2", "relu"),
+    ("bert", "relu"),
+    ("gpt2", "softmax"),
+    ("gpt2", "skip"),
+]
 ONNX = [("bert", "sima"), ("llama", "softmax"), ("activator", None)]
 OPENVINO = [("llama", "relu+skip")]
 ALIKE = [("roberta", "relu"), ("distilbert", "relu"), ("llama", "relu"), ("xcit", "relu")]  # other cases' operators
@@ -42,7 +50,7 @@ def name(format, family, design):
 
 
 def options(family):
-    return {"img_size": 32} if family == "cvt" else {}
+    return {"img_size": {"cvt": 32, "dinov2": 42}[family]} if family in ("cvt", "dinov2") else {}
 
 
 def inputs_of(sheet, model, batch, tokens, padding):
@@ -146,6 +154,11 @@ def test_sliding_windows(tmp_path):
     kinds = ["full_attention", "sliding_attention"]
     model = model_of("llama", "relu", sliding_window=4, layer_types=kinds)
     assert export_model(model, tmp_path / "model.pt2").check.relative <= 1e-4
+
+
+def test_large_heads_of_decoders(tmp_path):
+    model = model_of("llama", "softmax", head_dim=128)
+    assert export_model(model, tmp_path / "model.xml").check.relative <= 1e-4
 
 
 def test_fixed_sizes(tmp_path):

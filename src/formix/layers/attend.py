@@ -99,7 +99,10 @@ def _portable_softmax(
     scale: float | None,
 ) -> Tensor:
     """Softmax attention as runtimes other than PyTorch understand it: every query head with a key head of its own, and
-    0 spelt out for rows that see no key, which elsewhere are a mean of all values, or not a number."""
+    0 spelt out for rows that see no key, which elsewhere are a mean of all values, or not a number.
+
+    That 0 is put into [B, N, H, D]: OpenVINO 2026.4 makes one kernel of attention and what directly follows it, which
+    gives wrong numbers for heads of 128 or 256."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     sees = None
     if attn_mask is not None:
@@ -110,7 +113,10 @@ def _portable_softmax(
         query, key, value, attn_mask=attn_mask if attn_bias is None else attn_bias, dropout_p=dropout_p,
         is_causal=is_causal, scale=scale,
     )  # fmt: skip
-    return out if sees is None else out.masked_fill(~sees, 0.0)
+    if sees is None:
+        return out
+    sees = sees[(None,) * (4 - sees.dim())]  # [B, H, Nq, 1], or 1 for B and H
+    return out.transpose(1, 2).masked_fill(~sees.transpose(1, 2), 0.0).transpose(1, 2)
 
 
 def key_padding(attn_mask: Tensor, batch: int, num_keys: int) -> Tensor:

@@ -123,7 +123,7 @@ class FormixVisionTransformer(_DesignedTrunk, VisionTransformer):  # type: ignor
         positions = resample_abs_pos_embed(
             self.pos_embed, list(x.shape[1:3]), list(self.patch_embed.grid_size), num_prefix_tokens=1, antialias=False
         )
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # [B, 1 + N, C]
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)  # [B, 1 + N, C]
         return self.pos_drop(tokens + positions)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
