@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)  # Python files are used in place
 
 # Modules are compiled when they are first imported, whatever the environment says: the tests start many processes.
 export PYTHONDONTWRITEBYTECODE =
@@ -38,11 +39,11 @@ kernels: $(VENV)/.installed-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.installed: $(BIN)/python $(INSTALLED_FROM)
 	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.installed-dev: $(BIN)/python $(INSTALLED_FROM)
 	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $(VENV)/.installed $@
 
