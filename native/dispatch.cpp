@@ -5,6 +5,10 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "threads.h"
+#if __has_include(<dlfcn.h>)
+#include <dlfcn.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -126,6 +130,26 @@ void prefer_huge_pages(void *data, size_t bytes) {
 #endif
 }
 
+namespace {
+void *runtime(const char *function) {
+#if __has_include(<dlfcn.h>)
+  return dlsym(RTLD_DEFAULT, function);
+#else
+  (void)function;
+  return nullptr;
+#endif
+}
+void (*parallel)(void (*run)(void *), void *argument, unsigned threads, unsigned flags);
+void (*barrier)();
+}  // namespace
+
+void on_threads(long threads, void (*run)(void *), void *argument) {
+  parallel && threads > 1 ? parallel(run, argument, unsigned(threads), 0) : run(argument);
+}
+void meet() {
+  if (barrier) barrier();
+}
+
 void *scratch(size_t bytes) {
   if (bytes > memory.size) {
     std::free(memory.data);
@@ -152,6 +176,13 @@ int formix_set_isa(const char *name) {
   return 1;
 }
 const char *formix_isa() { return chosen->name; }
+int formix_use_threads() {
+  parallel = reinterpret_cast<decltype(parallel)>(runtime("GOMP_parallel"));
+  barrier = reinterpret_cast<decltype(barrier)>(runtime("GOMP_barrier"));
+  if (parallel && barrier) return 0;
+  parallel = nullptr, barrier = nullptr;
+  return 1;
+}
 
 int formix_pointwise_forward(const FormixPointwise *p) {
   prefer_huge_pages(p->out, p->B, p->Hq, p->Nq, p->Dv, p->type);

@@ -50,6 +50,9 @@ __attribute__((visibility("default"))) const char *formix_isa_reason(int index);
 // Forces an instruction set by name; "auto" goes back to the best one. Returns 0, or 1 if it cannot run here.
 __attribute__((visibility("default"))) int formix_set_isa(const char *name);
 __attribute__((visibility("default"))) const char *formix_isa();
+// From now on kernels run on the threads of the process's OpenMP runtime, before on the calling one alone. Returns 0, or 1 if
+// there is none.
+__attribute__((visibility("default"))) int formix_use_threads();
 
 // All return 0, or 1 when memory could not be had.
 __attribute__((visibility("default"))) int formix_pointwise_forward(const FormixPointwise *);

@@ -10,6 +10,7 @@
 #include "formix.h"
 #include "kernels.h"
 #include "memory.h"
+#include "threads.h"
 
 namespace {
 #include "pointwise_backward.h"

@@ -84,13 +84,13 @@ template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
   const long sums_size = heads * Head::sums_size(p, BACKWARD), products_size = heads * Head::products_size(p, BACKWARD);
   float *sums = nullptr;  // of all tasks, if the parts of a sequence have to be added up
   if (parts > 1 && !(sums = (float *)malloc(4 * tasks * sums_size))) return 1;
+  Tasks summing(tasks, at_once), adding(p.B * groups, 1), applying(tasks, 1);
   int failed = 0;
-#pragma omp parallel num_threads(p.threads) reduction(| : failed)
-  {
+  parallel(p.threads, [&] {
     typename T::session session;
     (void)session;
     auto *memory = (float *)formix::scratch(4 * (Head::memory_size(p) + products_size + sums_size));
-    if (!memory) failed = 1;
+    if (!memory) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
     auto work_of = [&](long task) {
       const long group = task / parts % groups;
       L1Work<T> work(p, BACKWARD, task / (parts * groups), group * heads, (group + 1) * heads, task % parts, parts);
@@ -98,31 +98,31 @@ template <class T, bool BACKWARD> static int l1(const FormixL1 &p) {
       work.products = memory + sums_size, work.memory = work.products + products_size;
       return work;
     };
-#pragma omp for schedule(dynamic, at_once)
-    for (long task = 0; task < tasks; task++) {
-      if (!memory) continue;
-      L1Work<T> work = work_of(task);
-      const long next = work.b + (at_once > 1 ? 1 : p.threads);  // as a rule
-      if (parts == 1 && groups == 1 && next < p.B) work.next_b = next;
-      work.sum();
-      if (parts == 1) work.check(), work.apply();
-    }
-    if (parts > 1) {
-#pragma omp for schedule(dynamic, 1)
-      for (long first = 0; first < tasks; first += parts) {  // add the parts up in the first one
+    if (memory)
+      summing.each([&](long task) {
+        L1Work<T> work = work_of(task);
+        const long next = work.b + (at_once > 1 ? 1 : p.threads);  // as a rule
+        if (parts == 1 && groups == 1 && next < p.B) work.next_b = next;
+        work.sum();
+        if (parts == 1) work.check(), work.apply();
+      });
+    if (parts == 1) return;
+    formix::meet();
+    if (memory)
+      adding.each([&](long sequence) {  // the parts up in the first one
+        const long first = sequence * parts;
         for (long i = 0; i < sums_size; i++)
           for (long part = 1; part < parts; part++) sums[first * sums_size + i] += sums[(first + part) * sums_size + i];
-        if (memory) work_of(first).check();
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (long task = 0; task < tasks; task++) {
-        if (!memory) continue;
+        work_of(first).check();
+      });
+    formix::meet();
+    if (memory)
+      applying.each([&](long task) {
         L1Work<T> work = work_of(task);
         work.sums = sums + task / parts * parts * sums_size;
         work.apply();
-      }
-    }
-  }
+      });
+  });
   free(sums);
   return failed;
 }

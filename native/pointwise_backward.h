@@ -335,40 +335,40 @@ template <class T> static int pointwise_backward(const FormixPointwise &p) {
     formix::prefer_huge_pages(shares, bytes);
   }
   const long at_once = tasks_at_once(pairs * parts, p.threads, greatest(p.Nq, p.Nk), p.causal && parts > 1);
+  Tasks tasks(pairs * parts, at_once), pieces(pairs * p.threads, 1);
   int failed = 0;
-#pragma omp parallel num_threads(p.threads) reduction(| : failed)
-  {
-#pragma omp for schedule(dynamic, at_once)
-    for (long task = 0; task < pairs * parts; task++) {
-      const long pair = task / parts;
-      PointwiseBackward<T> backward(p, pair / p.Hkv, pair % p.Hkv);
-      const long next = task + (at_once > 1 ? 1 : p.threads);  // as a rule
-      if (parts == 1 && next < pairs) backward.next_b = next / p.Hkv, backward.next_g = next % p.Hkv;
-      float *own = shares ? shares + task * share : nullptr;
-      auto *memory = (float *)formix::scratch(4 * backward.lay_out(nullptr, own));
-      if (!memory) {
-        failed = 1;
-        continue;
-      }
-      backward.lay_out(memory, own);
-      backward.run(task % parts, parts);
-      if (backward.dQ && !shares) backward.write_query_gradient(0, rows);
+  auto run = [&](long task) {
+    const long pair = task / parts;
+    PointwiseBackward<T> backward(p, pair / p.Hkv, pair % p.Hkv);
+    const long next = task + (at_once > 1 ? 1 : p.threads);  // as a rule
+    if (parts == 1 && next < pairs) backward.next_b = next / p.Hkv, backward.next_g = next % p.Hkv;
+    float *own = shares ? shares + task * share : nullptr;
+    auto *memory = (float *)formix::scratch(4 * backward.lay_out(nullptr, own));
+    if (!memory) {
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+      return;
     }
-    if (shares) {
-#pragma omp for schedule(static)
-      for (long piece = 0; piece < pairs * p.threads; piece++) {
-        const long pair = piece / p.threads, first = rows * (piece % p.threads) / p.threads,
-                   last = rows * (piece % p.threads + 1) / p.threads, width = round_up(p.D, W);
-        float *total = shares + pair * parts * share;
-        for (long part = 1; part < parts; part++)
-          for (long i = first * width; i < last * width; i += W)
-            store(total + i, load(total + i) + load(total + part * share + i));
-        PointwiseBackward<T> backward(p, pair / p.Hkv, pair % p.Hkv);
-        backward.dQ = total;
-        backward.write_query_gradient(first, last);
-      }
-    }
-  }
+    backward.lay_out(memory, own);
+    backward.run(task % parts, parts);
+    if (backward.dQ && !shares) backward.write_query_gradient(0, rows);
+  };
+  auto add_shares = [&](long piece) {
+    const long pair = piece / p.threads, first = rows * (piece % p.threads) / p.threads,
+               last = rows * (piece % p.threads + 1) / p.threads, width = round_up(p.D, W);
+    float *total = shares + pair * parts * share;
+    for (long part = 1; part < parts; part++)
+      for (long i = first * width; i < last * width; i += W)
+        store(total + i, load(total + i) + load(total + part * share + i));
+    PointwiseBackward<T> backward(p, pair / p.Hkv, pair % p.Hkv);
+    backward.dQ = total;
+    backward.write_query_gradient(first, last);
+  };
+  parallel(p.threads, [&] {
+    tasks.each(run);
+    if (!shares) return;
+    formix::meet();
+    pieces.each(add_shares);
+  });
   free(shares);
   return failed;
 }

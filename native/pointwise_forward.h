@@ -281,16 +281,20 @@ template <class T> struct PointwiseForward {
 template <class T> static int pointwise_forward(const FormixPointwise &p) {
   const long pairs = p.B * p.Hkv, parts = parts_for(pairs, p.threads, PointwiseForward<T>::blocks_of(p), p.causal);
   const long at_once = tasks_at_once(pairs * parts, p.threads, greatest(p.Nq, p.Nk), p.causal && parts > 1);
+  Tasks tasks(pairs * parts, at_once);
   int failed = 0;
-#pragma omp parallel for schedule(dynamic, at_once) num_threads(p.threads) reduction(| : failed)
-  for (long task = 0; task < pairs * parts; task++) {
+  auto run = [&](long task) {
     const long part = parts - 1 - task % parts, pair = task / parts;  // causal: the longest part first
     PointwiseForward<T> forward(p, pair / p.Hkv, pair % p.Hkv, part, parts);
     const long next = task + (at_once > 1 ? 1 : p.threads);  // as a rule
     if (parts == 1 && next < pairs) forward.next_b = next / p.Hkv, forward.next_g = next % p.Hkv;
     auto *memory = (float *)formix::scratch(4 * forward.lay_out(nullptr));
-    if (memory) forward.lay_out(memory), forward.run();
-    failed |= !memory;
-  }
+    if (!memory) {
+      __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    forward.lay_out(memory), forward.run();
+  };
+  parallel(p.threads, [&] { tasks.each(run); });
   return failed;
 }

@@ -17,7 +17,7 @@ from torch import func
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from formix.ops import l1_attention, native, pointwise_attention
+from formix.ops import l1_attention, native, native_library, pointwise_attention
 
 usable, reason = native.available()
 pytestmark = pytest.mark.skipif(not usable, reason=reason)
@@ -540,6 +540,29 @@ def test_one_openmp_runtime():
     runtimes = out.split()
     assert runtimes
     assert len(runtimes) == 1 or not any("/torch" in r for r in runtimes)
+
+
+def test_without_an_openmp_runtime():
+    """In a process without PyTorch, which brings it: the kernels run on the calling thread."""
+    code = """if True:
+        import array, ctypes, struct, sys
+        library = ctypes.CDLL(sys.argv[1])
+        assert library.formix_use_threads() == 1
+        n, d = 40, 16
+        q, k, v = (array.array("f", [(i * step) % 7 - 3 for i in range(n * d)]) for step in (2, 3, 5))
+        out = array.array("f", [0.0] * n * d)
+        tensors = [number for t in (q, k, v, out) for number in (t.buffer_info()[0], n * d, n * d, d)]
+        numbers = 1, 1, 1, n, n, d, d, 0, 0, 0, 2, -1, 1.0, 1.0  # float32, relu, two threads
+        call = struct.pack(sys.argv[2], *numbers, *tensors, *[0] * 21)
+        assert library.formix_pointwise_forward(call) == 0
+        for i in range(n):
+            row = [sum(q[i * d + c] * k[j * d + c] for c in range(d)) for j in range(n)]
+            for c in range(d):
+                assert abs(out[i * d + c] - sum(max(row[j], 0) * v[j * d + c] for j in range(n)) / n) < 1e-3
+        print("same")
+    """
+    command = [sys.executable, "-c", code, native_library.library()._name, native_library.POINTWISE.struct.format]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "same"
 
 
 def test_memory_stays_far_below_a_score_matrix(isa):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import logging
 import os
 import struct
 import sys
@@ -11,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAME = "formix_native.so"
+
+_log = logging.getLogger("formix")
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,14 @@ def _loaded() -> ctypes.CDLL | UnavailableError:
     import torch  # noqa: F401  (its OpenMP runtime must be in the process before the kernels look for one)
 
     try:
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            if "GOMP" not in str(error):
-                raise
-            # a torch without GNU OpenMP: let the kernels have the system's
-            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-            library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return UnavailableError(f"{path} cannot be loaded: {error}")
+    if library.formix_use_threads():  # a torch without OpenMP: let the kernels have the system's
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        if library.formix_use_threads():
+            _log.warning("There is no OpenMP runtime here (libgomp or libomp): the CPU kernels run on one thread.")
     for name in ("formix_isa", "formix_isa_name", "formix_isa_reason"):
         getattr(library, name).restype = ctypes.c_char_p
     for name in ("pointwise_forward", "pointwise_backward", "l1_forward", "l1_backward"):
