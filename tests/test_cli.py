@@ -104,7 +104,7 @@ def test_the_model_may_stand_first_or_last(capsys):
 def test_report_makes_the_page_and_the_table_again(tmp_path, capsys):
     assert main(["compare", "--data=digits", *SMALL, f"--out={tmp_path / 'out'}"]) == 0
     results = str(tmp_path / "out" / "results.json")
-    assert main(["report", results, f"--out={tmp_path / 'again.html'}"]) == 0
+    assert main(["report", "--out", str(tmp_path / "again.html"), results]) == 0
     assert (tmp_path / "again.html").read_text() == (tmp_path / "out" / "report.html").read_text()
     capsys.readouterr()
     assert main(["report", str(tmp_path / "out"), "--markdown"]) == 0
@@ -171,7 +171,8 @@ def test_analyze_of_multiple_choice_and_of_cvt(tmp_path, capsys):
 TINY = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 WRONG = {
     "analysis of nothing": (["analyze", "--model={tmp}/none", "--data=digits"], "none is no model directory"),
-    "report of nothing": (["report"], "usage: formix report"),
+    "report of nothing": (["report"], "results are missing"),
+    "report of two kinds": (["report", "{tmp}", "--markdown", "--joint"], "both asked for"),
     "report of a missing file": (["report", "{tmp}/none.json"], "none.json"),
     "report of a broken file": (["report", "{tmp}/broken.yaml"], "broken.yaml"),
     "verb": (["dance"], "'dance' is no verb"),

@@ -41,7 +41,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 ALONE = ("compare", "convert")  # they train, and write to a directory, in one process
 # of the verbs whose arguments are no dataclass
 USAGE = {
-    "report": "DIR|RESULTS.json ... [--out=report.html] [--markdown | --joint]",
     "designs": "[DESIGN ...]",
     "data": "",
     "implementations": "",
