@@ -119,3 +119,10 @@ def test_folders_that_are_none_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(root / "test" / "dogs" / "0.png")
     with pytest.raises(ValueError, match="the class 'dogs', which train lacks"):
         load_data(f"stream:{root}")
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    root = tree(tmp_path / "pictures", ("train", "test"), count=2)
+    monkeypatch.setenv("FORMIX_CACHE", str(root / "train" / "ants" / "000.png" / "cache"))
+    with pytest.raises(ValueError, match="another directory in the environment variable FORMIX_CACHE"):
+        load_data(f"stream:{root}")

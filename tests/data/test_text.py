@@ -220,6 +220,7 @@ def test_wrong_text_says_what_is_needed(tmp_path):
     for name, options, sentence in [
         ("absent.txt", {}, "absent.txt' does not exist; give a text file"),
         ("good.txt,absent.txt", {}, "does not exist"),
+        (f"good.txt,{tmp_path / 'empty' / '..' / 'good.txt'}", {}, "good.txt' is read twice in"),
         ("empty", {}, "holds no text: a folder needs files that end in .txt, .tokens, .raw"),
         (empty.name, {}, "train part of .* has 0 tokens, and one window has 129"),
         (good.name, {"sequence_length": 2000}, "validation part of .* and one window has 2001"),

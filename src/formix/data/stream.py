@@ -117,8 +117,14 @@ def _index(root: Path, splits: dict[str, str], request: Request) -> tuple[dict[s
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("FORMIX_CACHE", Path.home() / ".cache" / "formix")) / "index"
     if not _holds(cache / key, root):
-        (cache.parent / "locks").mkdir(parents=True, exist_ok=True)
-        cache.mkdir(exist_ok=True)
+        try:
+            (cache.parent / "locks").mkdir(parents=True, exist_ok=True)
+            cache.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"The index of {str(root)!r} cannot be written to {cache} ({error.strerror}); name another directory "
+                "in the environment variable FORMIX_CACHE."
+            ) from None
         with FileLock(cache.parent / "locks" / key):
             if not _holds(cache / key, root):  # else another process was first
                 made = Path(tempfile.mkdtemp(dir=cache))

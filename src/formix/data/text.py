@@ -188,6 +188,14 @@ def _text_files(request: Request) -> list[Path]:
         files += sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{request.argument!r} holds no text: a folder needs files that end in {', '.join(SUFFIXES)}.")
+    seen = set()
+    for path in files:
+        if path.resolve() in seen:
+            raise ValueError(
+                f"{str(path)!r} is read twice in {request.argument!r}, so that a model may be tested on what it has "
+                "been trained on; name it once."
+            )
+        seen.add(path.resolve())
     return files
 
 
