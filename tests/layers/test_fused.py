@@ -289,9 +289,30 @@ def test_copies_keep_nothing_of_the_original():
     with torch.no_grad():
         expected = block(x)
         for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
-            assert other._fused.block[0] is other
+            assert other._fused is not block._fused
             assert other._fused._kept is None
             assert torch.equal(other(x), expected)
+
+
+def test_replicas_have_their_own_weights():
+    """As torch.nn.DataParallel makes them for each device: shallow copies, with tensors in place of parameters."""
+    block, x = block_of(qkv_bias=True, init_values=0.3).eval(), torch.randn(2, 7, DIM)
+
+    def replica(module, factor):
+        other = module._replicate_for_data_parallel()
+        for name, child in module.named_children():
+            setattr(other, name, replica(child, factor))
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(other, name, factor * parameter.detach())
+        return other
+
+    other = block_of(qkv_bias=True, init_values=0.3).eval()
+    for factor in (1.5, 0.5):
+        other.load_state_dict({k: factor * v for k, v in block.state_dict().items()})
+        with torch.no_grad():
+            block(x)
+            close(replica(block, factor)(x), unfused(other)(x), 1e-6)
+            close(block(x), unfused(block)(x), 1e-6)
 
 
 def test_autocast():

@@ -102,7 +102,7 @@ class Block(nn.Module):
                 **dd,
             )
             self.ls2, self.drop_path2 = residual_parts()
-        self._fused = FusedParallel(self) if FusedParallel.fits(self) else None
+        self._fused = FusedParallel() if FusedParallel.fits(self) else None
 
     def train(self, mode: bool = True) -> Block:
         """As every module's; weights that were joined for evaluation are dropped."""
@@ -132,9 +132,9 @@ class Block(nn.Module):
         def feed(h: Tensor) -> Tensor:
             return self.drop_path2(self.ls2(self.mlp(h)))  # type: ignore[misc]
 
-        if self._fused is not None and self._fused.active():
+        if self._fused is not None and self._fused.active(self):
             h = self.norm1(x) if self.norm_position == "pre" else x
-            branches, own = self._fused(h, attn_mask, is_causal, source_kv)
+            branches, own = self._fused(self, h, attn_mask, is_causal, source_kv)
             x = x + branches if self.norm_position == "pre" else self.norm2(x + branches)  # type: ignore[misc]
         else:
             norm2 = self.norm1 if self.norm2 is None else self.norm2

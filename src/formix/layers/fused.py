@@ -24,8 +24,7 @@ class FusedParallel:
     to rounding (PAF's page: one GEMM each).
     """
 
-    def __init__(self, block: Block) -> None:
-        self.block = (block,)  # in a tuple, so that the block is not registered as a part of itself
+    def __init__(self) -> None:
         self._kept: tuple[tuple, tuple[Tensor, ...], list[Tensor]] | None = None
 
     @staticmethod
@@ -38,65 +37,71 @@ class FusedParallel:
             and isinstance(block.mlp.norm, nn.Identity)
         )
 
-    def active(self) -> bool:
+    @staticmethod
+    def active(block: Block) -> bool:
         """Whether one product computes the same function as two: no active dropout or stochastic depth, and the parts
         still plain (an adapter or a hook on one of them must not be bypassed)."""
-        if not self.fits(self.block[0]):
+        if not FusedParallel.fits(block):
             return False
-        attn, mlp = self._parts()
+        attn, mlp = _parts(block)
         linears = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-        bypassed = (*linears, attn, attn.proj_drop, mlp, mlp.drop1, mlp.drop2, self.block[0].ls1, self.block[0].ls2)
+        bypassed = (*linears, attn, attn.proj_drop, mlp, mlp.drop1, mlp.drop2, block.ls1, block.ls2)
         if any(type(m) is not nn.Linear for m in linears) or any(_hooked(m) for m in bypassed):
             return False
         # each part's own mode: for Monte Carlo dropout the dropouts of an evaluated model are put in training mode
         drops = (attn.proj_drop, mlp.drop1, mlp.drop2)
-        paths = (self.block[0].drop_path1, self.block[0].drop_path2)
+        paths = (block.drop_path1, block.drop_path2)
         return not any(d.training and d.p > 0 for d in drops) and not any(
             p.training and not isinstance(p, nn.Identity) for p in paths
         )
 
     def __call__(
-        self, h: Tensor, attn_mask: Tensor | None, is_causal: bool, source_kv: KeyValue | None
+        self, block: Block, h: Tensor, attn_mask: Tensor | None, is_causal: bool, source_kv: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        attn, mlp = self._parts()
-        in_weight, in_bias, out_weight, out_bias = self._joined()
+        attn, mlp = _parts(block)
+        in_weight, in_bias, out_weight, out_bias = self._joined(block)
         packed = F.linear(h, in_weight, in_bias)  # [B, N, 3 H D + F]
         qkv, hidden = packed.split([3 * attn.attn_dim, in_weight.shape[0] - 3 * attn.attn_dim], dim=-1)
         mixed, own = attn.mix(h, qkv, attn_mask, is_causal, source_kv)
         return F.linear(torch.cat([mixed, mlp.act(hidden)], dim=-1), out_weight, out_bias), own
 
-    def _parts(self) -> tuple[Attention, Mlp]:
-        block = self.block[0]
-        assert isinstance(block.attn, Attention)
-        assert isinstance(block.mlp, Mlp)
-        return block.attn, block.mlp
-
-    def _joined(self) -> tuple[Tensor, ...]:
-        attn, mlp = self._parts()
-        scales = (self.block[0].ls1, self.block[0].ls2)
-        if torch.is_grad_enabled() or self.block[0].training or torch.compiler.is_compiling():
+    def _joined(self, block: Block) -> tuple[Tensor, ...]:
+        attn, mlp = _parts(block)
+        scales = (block.ls1, block.ls2)
+        if torch.is_grad_enabled() or block.training or torch.compiler.is_compiling():
             # Training is ahead. Fused optimizers change weights without raising their version, so what was kept from
             # an evaluation before must not outlive this call.
             self._kept = None
             return _join(attn, mlp, *scales)
-        parameters = [p for m in (attn.qkv, mlp.fc1, attn.proj, mlp.fc2, *scales) for p in m.parameters()]
-        if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
+        parts = (attn.qkv, mlp.fc1, attn.proj, mlp.fc2, *scales)
+        # by their names, for the replicas of DataParallel have tensors that are no parameters
+        weights = [
+            t for m in parts for name in ("weight", "bias", "gamma") if (t := getattr(m, name, None)) is not None
+        ]
+        if any(type(w) is not nn.Parameter or w.is_inference() for w in weights):
             return _join(attn, mlp, *scales)  # made under inference_mode, or stand-ins: no version to know them by
-        key = tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
-        if self._kept is None or self._kept[0] != key:
-            # the parameters' memory is held as well: other weights at the same address could not be told apart
-            self._kept = (key, _join(attn, mlp, *scales), [p.detach() for p in parameters])
-        return self._kept[1]
+        key = tuple((w.data_ptr(), w._version, w.dtype) for w in weights)
+        kept = self._kept  # which another thread may replace
+        if kept is None or kept[0] != key:
+            # the weights' memory is held as well: others at the same address could not be told apart
+            self._kept = kept = (key, _join(attn, mlp, *scales), [w.detach() for w in weights])
+        return kept[1]
 
     def forget(self) -> None:
         """Drop the joined weights."""
         self._kept = None
 
     def __deepcopy__(self, memo: dict) -> FusedParallel:
-        return FusedParallel(memo.get(id(self.block[0]), self.block[0]))
+        return FusedParallel()
 
     def __getstate__(self) -> dict:
-        return {"block": self.block, "_kept": None}
+        return {"_kept": None}
+
+
+def _parts(block: Block) -> tuple[Attention, Mlp]:
+    assert isinstance(block.attn, Attention)
+    assert isinstance(block.mlp, Mlp)
+    return block.attn, block.mlp
 
 
 def _hooked(module: nn.Module) -> bool:
