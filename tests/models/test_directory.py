@@ -433,6 +433,16 @@ def test_what_is_no_directory_of_a_model(tmp_path):
         formix.create_model(tmp_path, pretrained=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("bert", "did you mean bert-tiny or"), ("vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
+     ("sima_smal_12_p16", "did you mean sima_small_12_p16"), ("xyzzy", "text models are gpt2-nano,")],
+)  # fmt: skip
+def test_names_of_no_model(name, advice):
+    with pytest.raises(ValueError, match=f"'{name}' is no model that formix knows; {advice}"):
+        formix.create_model(name, "relu")
+
+
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="A Linear is no model of formix's"):
         formix.save(torch.nn.Linear(2, 2), tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,25 @@ def create_model(
         if pretrained:
             raise ValueError(f"pretrained=True is for timm's names; for {name!r} give the weights' directory instead.")
         return text.create_text_model(str(name), chosen, **kwargs)
+    _check_name(str(name))
     return vit.create_vit(str(name), chosen, pretrained=pretrained, **kwargs)
+
+
+def _check_name(name: str) -> None:
+    """Raise `ValueError` for a name that timm does not know, with the nearest of those that formix takes."""
+    import timm
+
+    from formix.models import cvt, published, text
+
+    if timm.is_model(name):
+        return
+    known = [*text.SIZES, *published.PUBLISHED, *cvt.SIZES, *timm.list_models(["vit_*", "deit*", "xcit_*"])]
+    near = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known)
+    advice = f"did you mean {' or '.join(near[:3])}?" if near else f"text models are {', '.join(text.SIZES)}."
+    raise ValueError(
+        f"{name!r} is no model that formix knows; {advice} timm.list_models('vit_*') lists Vision Transformers, and a "
+        "directory with a config.json will do as well."
+    )
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
