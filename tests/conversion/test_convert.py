@@ -552,7 +552,7 @@ def test_the_command_line_converts_a_directory(tmp_path, capsys) -> None:
 def test_a_training_run_s_directory_is_a_source_in_python_too(tmp_path) -> None:
     model = formix.create_model("bert-tiny", task="features", **TEXT)
     formix.save(model, tmp_path / "model")
-    (tmp_path / "config.json").write_text('{"model": "bert-tiny"}')
+    (tmp_path / "config.json").write_text('{"model": "bert-tiny", "data": "glue:sst2"}')
     (tmp_path / "checkpoints").mkdir()
     for place in (tmp_path, str(tmp_path)):
         assert equal(formix.convert(place, "relu"), model)
