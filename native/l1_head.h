@@ -34,7 +34,7 @@ template <class T> struct L1Head {  // one (batch, head)
   float *u, *w;               // [Dp], [Dp]
   // Working memory.
   unit *left, *right;    // [TOKENS][LDA] each: a piece of two inputs
-  float *rows, *values;  // [TOKENS][LDA] each: a piece of the output, and of an input in floats
+  float *rows;           // [TOKENS][LDA]: a piece of the output
   unit *turned;          // with tiles: `left` transposed, [Dp or Dvp][LDA]
 
   // What the forward does not need comes last.
@@ -48,7 +48,7 @@ template <class T> struct L1Head {  // one (batch, head)
   }
   static long memory_size(const FormixL1 &p) {
     const long Dp = round_up(p.D, W), Dvp = round_up(p.Dv, W);
-    return 4L * TOKENS * LDA + (T::tiles ? greatest(Dp, Dvp) * LDA : 0);
+    return 3L * TOKENS * LDA + (T::tiles ? greatest(Dp, Dvp) * LDA : 0);
   }
   L1Head(const FormixL1 &p, long b, long h, float *sums, float *products, float *memory)
       : p(p), b(b), h(h), D(p.D), Dv(p.Dv), Dp(round_up(D, W)), Dvp(round_up(Dv, W)) {
@@ -57,8 +57,8 @@ template <class T> struct L1Head {  // one (batch, head)
     shrunk_M = sums, shrunk_G = sums + 1, q_norm = sums + 16, k_norm = q_norm + Dp, M = k_norm + Dp, G = M + D * Dvp;
     CM = (unit *)products, CG = CM + D * Dvp, MtC = CG + D * Dvp, GtC = MtC + Dv * Dp;
     u = (float *)(GtC + Dv * Dp), w = u + Dp;
-    left = (unit *)memory, right = left + TOKENS * LDA, rows = memory + 2 * TOKENS * LDA, values = rows + TOKENS * LDA;
-    turned = (unit *)(values + TOKENS * LDA);
+    left = (unit *)memory, right = left + TOKENS * LDA, rows = memory + 2 * TOKENS * LDA;
+    turned = (unit *)(rows + TOKENS * LDA);
   }
 
   void read_rows(const FormixTensor &t, long first, int n, int channels, unit *to) const {
@@ -86,27 +86,30 @@ template <class T> struct L1Head {  // one (batch, head)
     const char *start = row_of(x, p.type, b, h, first);
     const long stride = x.token * element_size(p.type);
     auto row = [&](int i) { return i < n && !padding.masked(first + i) ? start + i * stride : (const char *)nothing; };
-    auto add = [&](auto type, auto vectors, int d) {
+    auto add = [&](auto type, auto vectors, int d) {  // 4 vectors are whole
       constexpr int COUNT = decltype(vectors)::value;
       vf sum[COUNT] = {}, odd[COUNT] = {};
-      for (int i = 0; i < n; i += T::per_unit)
+      for (int i = 0; i < n; i += T::per_unit) {
+        const char *low = row(i), *high = pairs ? row(i + 1) : nullptr;
 #pragma GCC unroll 4
         for (int c = 0; c < COUNT; c++) {
           vu value;
           if constexpr (pairs) {
-            value = read_pair(row(i), row(i + 1), D, d + c * W);
+            auto a = (const uint16_t *)low + d + c * W, b = (const uint16_t *)high + d + c * W;
+            value = COUNT == 4 ? pair_of(a, b) : read_pair(low, high, D, d);
             sum[c] += vabs((vf)(value << 16)), odd[c] += vabs((vf)(value & 0xffff0000u));
           } else {
-            value = (vu)read_floats(row(i), type.value, D, d + c * W);
+            value = (vu)(COUNT == 4 ? read_whole(low, type.value, d + c * W) : read_floats(low, type.value, D, d));
             sum[c] += vabs((vf)value);
           }
           if (KEEP) store((uint32_t *)to + i / T::per_unit * LDA + d + c * W, value);
         }
+      }
       for (int c = 0; c < COUNT; c++) store(norm + d + c * W, load(norm + d + c * W) + (sum[c] + odd[c]));
     };
     auto add_all = [&](auto type) {
       int d = 0;
-      for (; d + 4 * W <= Dp; d += 4 * W) add(type, Constant<4>{}, d);
+      for (; d + 4 * W <= D; d += 4 * W) add(type, Constant<4>{}, d);
       for (; d < Dp; d += W) add(type, Constant<1>{}, d);
     };
     switch (pairs ? FORMIX_BF16 : p.type) {
@@ -267,9 +270,9 @@ template <class T> struct L1Head {  // one (batch, head)
   // rows += sign(x) slope: what the norm over the tokens adds to a gradient
   void add_sign(const FormixTensor &x, long first, int n, const float *slope) const {
     for (int i = 0; i < n; i++) {
-      read_row(row_of(x, p.type, b, h, first + i), p.type, D, Dp, values);
+      const char *row = row_of(x, p.type, b, h, first + i);
       for (int d = 0; d < Dp; d += W) {
-        vf value = load(values + d), s = load(slope + d);
+        vf value = read_floats(row, p.type, D, d), s = load(slope + d);
         vf signed_slope = (vf)((vu)s ^ ((vu)value & 0x80000000u));
         store(rows + i * LDA + d, load(rows + i * LDA + d) + keep(value != 0.0f, signed_slope));
       }

@@ -9,26 +9,23 @@ static INLINE const char *row_of(const FormixTensor &t, int64_t type, long b, lo
   return (const char *)t.data + (b * t.batch + h * t.head + n * t.token) * element_size(type);
 }
 
-// Elements d ... d + W of a row of n, as floats; zeros past its end.
-static INLINE vf read_floats(const void *row, int64_t type, int n, int d) {
-  if (type == FORMIX_F32) {
-    auto p = (const float *)row + d;
-    if (d + W <= n) return load(p);
-    float rest[W] = {};
-    for (int i = 0; d + i < n; i++) rest[i] = p[i];
-    return load(rest);
-  }
-  auto p = (const uint16_t *)row + d;
-  uint16_t rest[W] = {};
-  if (d + W > n) {
-    for (int i = 0; d + i < n; i++) rest[i] = p[i];
-    p = rest;
-  }
-  const vh x = *(const vh_at *)p;
+// Elements d ... d + W of a row, as floats.
+static INLINE vf read_whole(const void *row, int64_t type, int d) {
+  if (type == FORMIX_F32) return load((const float *)row + d);
+  const vh x = *(const vh_at *)((const uint16_t *)row + d);
   return type == FORMIX_BF16 ? from_bf16(x) : from_f16(x);
 }
-static INLINE void read_row(const void *source, int64_t type, int n, int padded, float *to) {
-  for (int d = 0; d < padded; d += W) store(to + d, read_floats(source, type, n, d));
+// The same of a row of n; zeros past its end.
+static INLINE vf read_floats(const void *row, int64_t type, int n, int d) {
+  if (d + W <= n) return read_whole(row, type, d);
+  if (type == FORMIX_F32) {
+    float rest[W] = {};
+    for (int i = 0; d + i < n; i++) rest[i] = ((const float *)row)[d + i];
+    return load(rest);
+  }
+  uint16_t rest[W] = {};
+  for (int i = 0; d + i < n; i++) rest[i] = ((const uint16_t *)row)[d + i];
+  return read_whole(rest, type, 0);
 }
 static INLINE void write_row(void *target, int64_t type, int n, const float *from, float factor = 1) {
   int i = 0;
@@ -59,7 +56,10 @@ template <class T> static INLINE vu read_vector(const void *row, int64_t type, i
   return load((const uint32_t *)rest);
 }
 template <class T> static INLINE void read_units(const void *source, int64_t type, int n, int padded, typename T::unit *to) {
-  for (int d = 0; d < padded; d += W) store((uint32_t *)to + d, read_vector<T>(source, type, n, d));
+  int d = 0;
+  if (T::per_unit == 2 || type == FORMIX_F32)  // whole vectors as they are
+    for (; T::per_unit * (d + W) <= n; d += W) store((uint32_t *)to + d, load((const uint32_t *)source + d));
+  for (; d < padded; d += W) store((uint32_t *)to + d, read_vector<T>(source, type, n, d));
 }
 
 // Rows [n][channels] -> panels [n / NR][units of channels][NR]: B for a product over channels (scores, dO V^T).
