@@ -528,6 +528,17 @@ def test_environment_forces_an_instruction_set(name):
     assert ("(True, 'portable')" in out) if name == "portable" else ("FORMIX_ISA=mmx" in out)
 
 
+def test_a_library_of_another_version_is_not_used():
+    import _ctypes  # a shared library that is none of formix's
+
+    code = "from formix.ops import native; print(native.available())"
+    environment = {**os.environ, "FORMIX_NATIVE": _ctypes.__file__}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "is not of this version of formix: reinstall formix" in out
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc/self/maps")
 def test_one_openmp_runtime():
     """In a process of its own: other packages (scikit-learn) bring theirs."""

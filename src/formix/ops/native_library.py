@@ -53,6 +53,8 @@ def _loaded() -> ctypes.CDLL | UnavailableError:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return UnavailableError(f"{path} cannot be loaded: {error}")
+    if not hasattr(library, "formix_use_threads"):
+        return UnavailableError(f"{path} is not of this version of formix: reinstall formix")
     if library.formix_use_threads():  # a torch without OpenMP: let the kernels have the system's
         with contextlib.suppress(OSError):
             ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
