@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from formix.design import Layout
+from formix.models.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,8 @@ def analyze(
         for (_, block, role), sums in zip(layers, gathered, strict=True)
         for handle in _watch(block, role, lambda *states, sums=sums: sums.add(*states, mask=seen["mask"]))
     ]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in islice(batches, max_batches):
                 images = batch if isinstance(batch, Tensor) else batch.get("pixel_values")
                 if images is not None:
@@ -144,7 +143,6 @@ def analyze(
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     if not gathered[0].sequences:
         raise ValueError("There is no sequence of at least two tokens in these batches, so nothing to compare.")
     design = getattr(model, "design", None) or getattr(getattr(model, "config", None), "design", None)

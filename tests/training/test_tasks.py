@@ -48,8 +48,10 @@ def test_bits_per_byte_is_the_mean_over_all_targets(text):
 
 def test_accuracy_counts_every_sample_once_and_restores_the_mode(digits, make_model):
     model = make_model().train()
+    model.blocks[0].eval()  # frozen
+    modes = [module.training for module in model.modules()]
     accuracy = evaluate(model, digits, "test", batch_size=100)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     model.eval()
     hits = [
         model(digits.test[i]["pixel_values"][None]).argmax() == digits.test[i]["labels"]

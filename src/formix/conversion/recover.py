@@ -20,6 +20,7 @@ from formix.conversion.objectives import Distillation
 from formix.conversion.record import Conversion
 from formix.conversion.taps import answer, moved
 from formix.data import Data, collate
+from formix.models.modes import evaluating
 from formix.records import write_atomically
 from formix.training import Objective, TrainConfig, train
 from formix.training.checkpoint import Checkpoints, difference
@@ -249,14 +250,12 @@ def _embeddings(model: Any) -> list[nn.Parameter]:
 @torch.no_grad()
 def _mean_loss(loss: Any, model: nn.Module, data: Data, stage: Stage) -> float:
     total, number = 0.0, 0
-    training, device = model.training, next(model.parameters()).device
-    dtype = autocast_dtype(stage.precision)
+    device, dtype = next(model.parameters()).device, autocast_dtype(stage.precision)
     rows = range(0, len(data.validation), math.ceil(len(data.validation) / HELD_OUT))
-    for batch in DataLoader(Subset(data.validation, rows), batch_size=stage.batch_size, collate_fn=collate):
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        for batch in DataLoader(Subset(data.validation, rows), batch_size=stage.batch_size, collate_fn=collate):
             total += float(loss(model, {k: v.to(device) for k, v in batch.items()}))
-        number += 1
-    model.train(training)
+            number += 1
     return total / number
 
 

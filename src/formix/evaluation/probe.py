@@ -14,6 +14,7 @@ from formix.data import Data, collate
 from formix.data.base import SPLITS
 from formix.data.images import ImageDataset
 from formix.models.inputs import image_inputs, knows_statistics
+from formix.models.modes import evaluating
 from formix.training.loop import autocast_dtype
 
 PENALTIES = (0.01, 0.1, 1.0)  # scikit-learn's C, tried on the validation split
@@ -68,15 +69,12 @@ def image_features(model: Any, dataset: Dataset, *, batch_size: int = 64, precis
 
     The data set is an `ImageDataset` or a torch `Subset` of one.
     """
-    was_training, own = model.training, next(model.parameters())
-    dtype = autocast_dtype(precision)
-    model.eval()
+    own, dtype = next(model.parameters()), autocast_dtype(precision)
     parts = []
-    for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
-        with torch.autocast(own.device.type, dtype, enabled=dtype is not None):
+    with evaluating(model), torch.autocast(own.device.type, dtype, enabled=dtype is not None):
+        for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
             tokens = model.forward_features(batch["pixel_values"].to(own))
             parts.append(model.forward_head(tokens, pre_logits=True).float())  # [B, C]
-    model.train(was_training)
     return torch.cat(parts)
 
 

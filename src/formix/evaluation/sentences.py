@@ -12,6 +12,7 @@ from torch import Tensor
 
 from formix.data.glue import TASKS, read_tsv
 from formix.data.text import vocabulary_size
+from formix.models.modes import evaluating
 
 
 @torch.no_grad()
@@ -36,22 +37,21 @@ def sentence_embeddings(
     check_tokens(model, vocabulary_size(tokenizer))
     trunk = model.base_model
     max_length = min(max_length, positions(model.config) or max_length)
-    was_training, device = model.training, next(trunk.parameters()).device
-    model.eval()
+    device = next(trunk.parameters()).device
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding
     parts = []
-    for start in range(0, len(order), batch_size):
-        batch = tokenizer(
-            [sentences[i] for i in order[start : start + batch_size]],
-            padding=True,
-            truncation=True,
-            max_length=max_length,
-            return_tensors="pt",
-        ).to(device)
-        hidden = trunk(**batch).last_hidden_state.float()  # [B, T, C]
-        mask = batch["attention_mask"][..., None].float()  # [B, T, 1]
-        parts.append((hidden * mask).sum(1) / mask.sum(1))  # [B, C]
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = tokenizer(
+                [sentences[i] for i in order[start : start + batch_size]],
+                padding=True,
+                truncation=True,
+                max_length=max_length,
+                return_tensors="pt",
+            ).to(device)
+            hidden = trunk(**batch).last_hidden_state.float()  # [B, T, C]
+            mask = batch["attention_mask"][..., None].float()  # [B, T, 1]
+            parts.append((hidden * mask).sum(1) / mask.sum(1))  # [B, C]
     embeddings = torch.empty(len(sentences), parts[0].shape[1], device=device)
     embeddings[torch.tensor(order, device=device)] = torch.cat(parts)
     return F.normalize(embeddings, dim=1)

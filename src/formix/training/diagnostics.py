@@ -15,6 +15,7 @@ from formix.data import Batch
 from formix.design import Mixer, Pointwise
 from formix.layers import GatedUnit
 from formix.layers.attend import watching
+from formix.models.modes import evaluating
 from formix.ops.masks import repeat_heads
 from formix.training.tasks import MODEL_INPUTS, forward
 
@@ -65,9 +66,8 @@ def diagnose(model: nn.Module, batch: Batch) -> dict[str, float]:
                 layers = analyze(model, [inputs]).layers
             except ValueError:  # a family whose blocks it does not know
                 layers = []
-                training = model.training
-                forward(model.eval(), inputs)
-                model.train(training)
+                with evaluating(model):
+                    forward(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional import spearman_corrcoef
 
 from formix.data import Batch, BatchDataset, Data, collate
+from formix.models.modes import evaluating
 from formix.training.config import Loss
 from formix.training.parallel import gathered, process_count, whole
 
@@ -87,25 +88,24 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
     accuracy in [0, 1]; bits_per_byte = nats per target / ln 2 / bytes per target; perplexity = exp(nats per target) of
     masked tokens; Matthews and Spearman correlations. Several processes share the work and all have the result.
     """
-    was_training, own = model.training, next(model.parameters())
-    model.eval()
+    own = next(model.parameters())
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
     nats, targets = 0.0, 0
-    for batch, counts in _shared_batches(getattr(data, split), batch_size):
-        batch = {k: v.to(own.device) for k, v in batch.items()}
-        if "pixel_values" in batch:
-            batch["pixel_values"] = batch["pixel_values"].to(own.dtype)
-        logits = forward(model, batch).float()
-        if not counts:
-            continue
-        if data.metric in ("bits_per_byte", "perplexity"):
-            nats += F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), reduction="sum").double().item()
-            targets += int((batch["labels"] >= 0).sum())
-        else:
-            outputs.append(logits[:, 0] if data.task == "sequence-regression" else logits.argmax(-1))
-            labels.append(batch["labels"])
-    model.train(was_training)
+    with evaluating(model):
+        for batch, counts in _shared_batches(getattr(data, split), batch_size):
+            batch = {k: v.to(own.device) for k, v in batch.items()}
+            if "pixel_values" in batch:
+                batch["pixel_values"] = batch["pixel_values"].to(own.dtype)
+            logits, expected = forward(model, batch).float(), batch["labels"]
+            if not counts:
+                continue
+            if data.metric in ("bits_per_byte", "perplexity"):
+                nats += F.cross_entropy(logits.flatten(0, -2), expected.flatten(), reduction="sum").double().item()
+                targets += int((expected >= 0).sum())
+            else:
+                outputs.append(logits[:, 0] if data.task == "sequence-regression" else logits.argmax(-1))
+                labels.append(expected)
     if data.metric in ("bits_per_byte", "perplexity"):
         shares = gathered((nats, targets))
         mean = sum(nats for nats, _ in shares) / sum(targets for _, targets in shares)
