@@ -100,6 +100,9 @@ def test_intermediates_and_features(name):
     assert [y.shape[:2] for y in outputs] == [(2, model.num_features)] * 2
     (last,) = model.forward_intermediates(images, indices=1, intermediates_only=True, output_fmt="NLC")
     close(last.transpose(1, 2).reshape(outputs[1].shape), outputs[1], 1e-6)
+    ordered = model.forward_intermediates(images, indices=[1, 0, 1], intermediates_only=True)  # timm's: as they run
+    assert len(ordered) == 2
+    assert all(map(torch.equal, ordered, outputs))
     head = model.forward_head(model.forward_features(images))
     close(head, model(images), 1e-6)
     assert model.forward_head(final, pre_logits=True).shape == (2, model.num_features)

@@ -240,7 +240,7 @@ class ActivatorClassifier(ImageModel, nn.Module):
         grid = tuple(n // self.patch_size for n in x.shape[-2:])
         taken: dict[int, Tensor] = dict.fromkeys(take, x)
         final = self._run(self._tokens(x), taken, last if stop_early else None)
-        outputs = [taken[i] for i in take]
+        outputs = [taken[i] for i in sorted(set(take))]
         if output_fmt == "NCHW":
             outputs = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in outputs]
         return outputs if intermediates_only else (final, outputs)
