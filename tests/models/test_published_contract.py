@@ -1,5 +1,6 @@
 """What timm's own model tests expect, of every published model; saving and loading under every loader."""
 
+import copy
 import io
 import json
 
@@ -13,6 +14,7 @@ from timm.optim import param_groups_weight_decay
 
 import formix
 from formix.models.published import PUBLISHED
+from formix.models.script import ScriptableClassAttention
 from formix.models.timm_registry import ENTRIES
 
 ACTIVATORS = ["activator_32_p4", "activator_glu_32_p4", "uniform_activator_32_p4", "ninformer_32_p4"]
@@ -305,3 +307,13 @@ def test_numbers_that_no_model_has_are_named(name):
             formix.create_model(name, design, **{argument: value})
     with pytest.raises(ValueError, match="patch_size"):
         formix.create_model(name, design, patch_size=0)
+
+
+def test_a_channel_of_zeros_stays_zero_in_torchscript_in_float16():
+    model = formix.create_model("sima_nano_12_p16", "sima", depth=1, img_size=32, num_classes=4).eval()  # eps 1e-12
+    attn = model.cls_attn_blocks[0].attn
+    with torch.no_grad():
+        attn.qkv.weight[0] = attn.qkv.bias[0] = 0  # the first channel of the queries
+    expected, tokens = copy.deepcopy(attn), torch.randn(2, 5, 128)
+    scripted = torch.jit.script(ScriptableClassAttention(attn.half()))
+    close(scripted(tokens.half()), expected(tokens), 2e-3)

@@ -202,13 +202,17 @@ class ScriptableStack(nn.Sequential):
         return x
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 if it is in 16 bits."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
 def pointwise(
     q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], h: str, exponent: float, length: int, dropout: float  # noqa: UP045
 ) -> Tensor:  # fmt: skip
     """L^-a h(Q K^T) V, as `formix.ops.pointwise_attention`; the scale is in q already."""
     dtype = v.dtype
-    if dtype == torch.float16 or dtype == torch.bfloat16:
-        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = wide(q), wide(k), wide(v)
     scores = q @ k.transpose(-2, -1)  # [B, H, Nq, Nk]
     number = torch.full([1], float(length if length > 0 else k.shape[2]), dtype=q.dtype, device=q.device)
     if mask is not None and length == 0:
@@ -240,7 +244,6 @@ def pointwise(
 def l1(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     """Q diag(c) (K^T V), as `formix.ops.l1_attention`."""
     dtype = v.dtype
-    if dtype == torch.float16 or dtype == torch.bfloat16:
-        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = wide(q), wide(k), wide(v)
     c_q, c_k = (1 / a.abs().sum(-2, keepdim=True).clamp(min=eps) for a in (q, k))
     return (q @ (c_q.transpose(-2, -1) * (c_k.transpose(-2, -1) * (k.transpose(-2, -1) @ v)))).to(dtype)

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
-from formix.layers.script import ScriptableAttention, ScriptableMixer, ScriptableStack
+from formix.layers.script import ScriptableAttention, ScriptableMixer, ScriptableStack, wide
 
 
 class _Trunk:
@@ -54,10 +54,12 @@ class ScriptableClassAttention(ScriptableAttention):
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.kind == "sima":
+            dtype = v.dtype
+            q, k, v = wide(q), wide(k), wide(v)
             norms = q.abs().sum(-2, keepdim=True).clamp(min=self.eps)
             row = q[:, :, :1] / norms / k.abs().sum(-2, keepdim=True).clamp(min=self.eps)
             weights = nn.functional.dropout(row @ k.transpose(-2, -1), self.dropout, self.training)
-            out = weights @ v
+            out = (weights @ v).to(dtype)
         else:
             out = self.mix(q[:, :, :1], k, v, None, False)
         return self.proj_drop(self.proj(self.gated(x[:, :1], out)))
