@@ -277,6 +277,8 @@ def test_the_plan_lists_all_that_happens() -> None:
     assert "layer 1: softmax -> pointwise; series -> parallel, pre-norm" in str(made)
     assert str(formix.conversion.plan(source, "relu+parallel", keep="softmax:0")) == str(made)  # a function still
 
+    optional = plan(source, "softmax(gate=sigmoid)", layers=[1])
+    assert [(change.layer, change.mixer) for change in optional.layers] == [(1, "softmax -> softmax(gate=sigmoid)")]
     gated = plan(make("bert"), "activator")
     fresh = {w.name.rpartition(".attention.unit.")[2]: w.rule for w in gated.new}
     assert fresh["fc3.weight"].startswith("0,")

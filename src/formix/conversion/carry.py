@@ -152,13 +152,13 @@ def carry_over(
     dropped = shapes({k: v for k, v in state.items() if k not in fits})
     dropped |= {k: list(v.shape) for k, v in _unplaced(source, model, before).items()}
     design = design_of(target)
-    own_mixer = "cross-covariance" if source.design is None else "softmax"
+    old = None if source.design is None else layers_of_design(source.design, source.depth)
     plan = Plan(
         family=source.family,
         source=type(model).__name__,
         design=design.to_dict(),
         formula=design.describe(),
-        layers=layer_changes(_before(model, source), layers_of_design(design, source.depth), own_mixer),
+        layers=layer_changes(old, layers_of_design(design, source.depth)),
         kept=sorted(set(fits) - set(folded)),
         folded=folded,
         new=[NewWeight(name=name, shape=list(own[name].shape), rule=rules[name]) for name in new],
@@ -207,11 +207,6 @@ def _unplaced(source: Source, model: nn.Module, before: Conversion | None) -> di
         return before.unplaced
     state = model.state_dict()
     return {name: state[name] for name in source.unplaced}
-
-
-def _before(model: nn.Module, source: Source) -> Any:
-    own = type(model).__module__.startswith("formix.")
-    return layers_of_design(design_of(model), source.depth) if own else None
 
 
 def _check_new(source: Source, model: nn.Module, new: Sequence[str]) -> None:

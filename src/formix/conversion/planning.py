@@ -74,27 +74,33 @@ class Plan:
         return "\n".join(lines)
 
 
-def layer_changes(before: list[LayerDesign] | None, after: list[LayerDesign], own_mixer: str) -> list[LayerChange]:
-    """The layers whose design differs; `before` is None for a source of another library, `own_mixer` its mixer."""
+def layer_changes(before: list[LayerDesign] | None, after: list[LayerDesign]) -> list[LayerChange]:
+    """The layers whose design differs; `before` is None for a source whose mixer, cross-covariance, is none of
+    formix's."""
     changes = []
     for i, layer in enumerate(after):
-        old_mixer = own_mixer if before is None else before[i].mixer.kind
-        old_layout = "series" if before is None else before[i].layout.words
-        old = (old_mixer, old_layout, None if before is None else before[i].source)
-        new = (layer.mixer.kind, layer.layout.words, layer.source)
-        same_mixer = old[0] == new[0] and (before is None or before[i].mixer == layer.mixer)
-        if same_mixer and old[1:] == new[1:]:
+        old = ("cross-covariance", "series", None) if before is None else _words(before[i])
+        new = _words(layer)
+        if old == new:
             continue
         changes.append(
             LayerChange(
                 layer=i,
-                mixer=new[0] if same_mixer else f"{old[0]} -> {new[0]}",
+                mixer=new[0] if old[0] == new[0] else f"{old[0]} -> {new[0]}",
                 layout=new[1] if old[1] == new[1] else f"{old[1]} -> {new[1]}",
-                keys_of=layer.source,
+                keys_of=new[2],
                 keys_were_of=old[2],
             )
         )
     return changes
+
+
+def _words(layer: LayerDesign) -> tuple[str, str, int | None]:
+    """Mixer with the options that are not its default ones, layout, and the layer whose keys are read."""
+    mixer = layer.mixer
+    options = {f.name: getattr(mixer, f.name) for f in dataclasses.fields(mixer) if getattr(mixer, f.name) != f.default}
+    given = ", ".join(f"{name}={value}" for name, value in options.items())
+    return mixer.kind + (f"({given})" if given else ""), layer.layout.words, layer.source
 
 
 def layers_of_design(design: Design, depth: int) -> list[LayerDesign]:
