@@ -386,6 +386,16 @@ def test_few_sentences_are_refused_or_divided(tmp_path) -> None:
     for place, said in ((f"text:{text}", r"text\.txt' is not UTF-8 text"), ("text:", "'text:' has no sentences")):
         with pytest.raises(ValueError, match=said):
             load_sentences(place, words, held_out=0.1, **size)
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "texts" / "deep" / "a.txt").write_text("\n".join(f"{i} 2 3 {i + 1} ." for i in range(12)))
+    assert len(load_sentences(f"text:{tmp_path / 'texts'}", words, held_out=0.99, **size).validation) == 11
+    (tmp_path / "SST-2").mkdir()
+    table, rows = tmp_path / "SST-2" / "train.tsv", "".join(f"{i} 2 3\t?\n" for i in range(12))
+    table.write_text("\ufeffsentence\tlabel\n" + rows, encoding="utf-8")  # labels are not read
+    assert len(load_sentences(f"glue:{table.parent}", words, held_out=0.99, **size).validation) == 11
+    table.write_text("sentence\tlabel\n" + rows + "1 2\t3\t0\n")
+    with pytest.raises(ValueError, match=r"Line 14 .* has 3 columns where 2 are needed"):
+        load_sentences(f"glue:{table.parent}", words, held_out=0.1, **size)
     for name in ("sequence_length", "limit", "img_size", "batch_tokens"):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be 1 or more"):
             Recovery(data="x", **{name: 0})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import random
 import re
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from formix.data import Batch, BatchDataset, Data
-from formix.data.glue import TASKS
-from formix.data.text import SUFFIXES, content_hash, tokenizer_identity, vocabulary_size
+from formix.data.glue import TASKS, read_columns
+from formix.data.text import content_hash, text_files, tokenizer_identity, vocabulary_size
 
 MAX_SENTENCES = 256  # in a batch
 
@@ -66,11 +65,11 @@ def load_sentences(
     limit: int | None = None,
 ) -> Data:
     """Sentences from one or several places joined by '+': ``glue:DIR/TASK`` (its train.tsv, labels unread) or
-    ``text:PATH`` (a file or folder; lines are divided into sentences). ``*N`` behind a place has its sentences N times
-    in an epoch.
+    ``text:PATH`` (files as `load_data` reads them; lines are divided into sentences). ``*N`` behind a place has its
+    sentences N times in an epoch.
 
     Raises:
-        ValueError: no such place, or no sentence in it.
+        ValueError: no such place, a damaged file, or no sentence in it.
     """
     times: dict[str, int] = {}  # a sentence -> how often it is in an epoch
     for place in name.split("+"):
@@ -113,17 +112,10 @@ def _read(place: str) -> list[str]:
     kind, _, argument = place.partition(":")
     path = Path(argument)
     if kind == "glue" and path.name in TASKS:
-        file, task = path / "train.tsv", TASKS[path.name]
-        if not file.is_file():
-            raise ValueError(f"{str(file)!r} does not exist; a GLUE task is a folder with train.tsv.")
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-        header = rows.pop(0) if task.header else [str(n) for n in range(4)]
-        columns = [header.index(column) for column in task.columns]
-        return [row[c] for row in rows for c in columns if len(row) == len(header)]
-    if kind == "text" and argument and (path.is_file() or path.is_dir()):
-        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-        lines_of = (line for file in files for line in _text(file).splitlines())
+        task = TASKS[path.name]
+        return [sentence for row in read_columns(path / "train.tsv", task, task.columns) for sentence in row]
+    if kind == "text" and argument:
+        lines_of = (line for file in text_files(argument) for line in _text(file).splitlines())
         return [part for line in lines_of for part in re.split(r"(?<=[.!?]) ", line.strip()) if len(part.split()) > 3]
     raise ValueError(f"{place!r} has no sentences; give glue:DIR/TASK or text:PATH, several joined by '+'.")
 

@@ -147,6 +147,22 @@ def read_tsv(path: Path, task: Task) -> tuple[list[tuple[str, ...]], np.ndarray]
 
     ValueError for a missing file or column, or a row or label that the task's layout does not allow.
     """
+    index = {written: i for i, written in enumerate(task.classes or ())}
+    sentences, labels = [], []
+    rows = read_columns(path, task, (*task.columns, task.label))
+    for number, (*texts, label) in enumerate(rows, start=1 + task.header):
+        try:
+            labels.append(index[label] if task.classes else _finite(label))
+        except (KeyError, ValueError):
+            allowed = f"one of {', '.join(index)}" if task.classes else "a finite number"
+            raise ValueError(f"Line {number} of {str(path)!r} has the label {label!r}; needed: {allowed}.") from None
+        sentences.append(tuple(texts))
+    return sentences, np.array(labels, dtype=np.int64 if task.classes else np.float32)
+
+
+def read_columns(path: Path, task: Task, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """These columns of a task's TSV file, row by row; ValueError for a missing file or column, or a row of another
+    number of columns."""
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist; a GLUE task is a folder with train.tsv and dev.tsv.")
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -155,28 +171,18 @@ def read_tsv(path: Path, task: Task) -> tuple[list[tuple[str, ...]], np.ndarray]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{str(path)!r} is not a UTF-8 file of tab-separated values ({error}).") from error
     header = lines.pop(0) if task.header and lines else [str(number) for number in range(4)]
-    if missing := [column for column in (*task.columns, task.label) if column not in header]:
+    if missing := [column for column in columns if column not in header]:
         raise ValueError(
             f"{str(path)!r} has no column {missing[0]!r} in its first line, which is {', '.join(header)}; the "
-            f"official layout of {path.parent.name} has {', '.join((*task.columns, task.label))}."
+            f"official layout of {path.parent.name} has {', '.join(columns)}."
         )
     if not lines:
         raise ValueError(f"{str(path)!r} has no rows.")
-    texts, label = [header.index(column) for column in task.columns], header.index(task.label)
-    index = {written: i for i, written in enumerate(task.classes or ())}
-    sentences, labels = [], []
     for number, line in enumerate(lines, start=1 + task.header):
         if len(line) != len(header):
             raise ValueError(f"Line {number} of {str(path)!r} has {len(line)} columns where {len(header)} are needed.")
-        try:
-            labels.append(index[line[label]] if task.classes else _finite(line[label]))
-        except (KeyError, ValueError):
-            allowed = f"one of {', '.join(index)}" if task.classes else "a finite number"
-            raise ValueError(
-                f"Line {number} of {str(path)!r} has the label {line[label]!r}; needed: {allowed}."
-            ) from None
-        sentences.append(tuple(line[column] for column in texts))
-    return sentences, np.array(labels, dtype=np.int64 if task.classes else np.float32)
+    places = [header.index(column) for column in columns]
+    return [tuple(line[place] for place in places) for line in lines]
 
 
 def _finite(text: str) -> float:

@@ -153,7 +153,7 @@ def load_text(request: Request) -> Data:
     alone the latter is the test split; other text is joined and divided into contiguous parts, train first. ValueError
     for a path that does not exist or holds no text.
     """
-    files = _text_files(request)
+    files = text_files(request.argument)
     named = _named_splits(files)
     if named is None:
         texts, how = divide_text(request, {"train": _read(files)})
@@ -178,21 +178,24 @@ def divide_text(request: Request, given: dict[str, bytes]) -> tuple[list[bytes],
     return [train, cuts["validation"], cuts["test"]], "; ".join(how) or "all three given"
 
 
-def _text_files(request: Request) -> list[Path]:
-    """The files that the argument names; of a folder, those that end in one of SUFFIXES, at any depth, sorted."""
-    whole = Path(request.argument)
+def text_files(argument: str) -> list[Path]:
+    """The files that `text:ARGUMENT` names; of a folder, those that end in one of SUFFIXES, at any depth, sorted.
+
+    ValueError for a path that does not exist, a folder without text, or a file that is named twice.
+    """
+    whole = Path(argument)
     files: list[Path] = []
-    for path in [whole] if whole.exists() else [Path(part) for part in request.argument.split(",")]:
+    for path in [whole] if whole.exists() else [Path(part) for part in argument.split(",")]:
         if not path.exists():
             raise ValueError(f"{str(path)!r} does not exist; give a text file, several with commas, or a folder.")
         files += sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{request.argument!r} holds no text: a folder needs files that end in {', '.join(SUFFIXES)}.")
+        raise ValueError(f"{argument!r} holds no text: a folder needs files that end in {', '.join(SUFFIXES)}.")
     seen = set()
     for path in files:
         if path.resolve() in seen:
             raise ValueError(
-                f"{str(path)!r} is read twice in {request.argument!r}, so that a model may be tested on what it has "
+                f"{str(path)!r} is read twice in {argument!r}, so that a model may be tested on what it has "
                 "been trained on; name it once."
             )
         seen.add(path.resolve())
