@@ -39,6 +39,12 @@ def test_a_budget_in_seconds_and_frozen_weights(digits, make_model):
     assert "90 seconds for as many steps as fit" in str(figures)
 
 
+def test_the_memory_is_that_of_the_largest_part_of_a_batch(digits, make_model):
+    parts = TrainConfig(batch_size=10, accumulation=3, precision="float32")  # of 4, 4 and 2 samples
+    whole = TrainConfig(batch_size=4, precision="float32")
+    assert plan(make_model(), digits, parts).memory == plan(make_model(), digits, whole).memory
+
+
 def test_recomputing_activations_takes_less_memory(digits, make_model):
     model, settings = make_model(depth=8), {"batch_size": 64, "precision": "float32"}
     whole = plan(model, digits, TrainConfig(**settings))

@@ -65,7 +65,7 @@ def plan(model: nn.Module, data: Data, config: TrainConfig, device: torch.device
         recompute_activations(probe)
     training = augmented(data, config.augmentation, config.seed).train
     size = len(training)
-    part = max(1, min(config.batch_size // config.accumulation, size))
+    part = min(math.ceil(config.batch_size / config.accumulation), size)
     indices = epoch_order(training, 0, config.seed)[:part].tolist()
     batch = training.__getitems__(indices)
     device = next(probe.parameters()).device
