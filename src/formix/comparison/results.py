@@ -11,6 +11,7 @@ import dataclasses
 import io
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -183,4 +184,4 @@ def latency_settings(results: Results) -> list[tuple[str, str]]:
 
 
 def _first_repeated(items: list[Any]) -> Any:
-    return next((item for index, item in enumerate(items) if item in items[:index]), None)
+    return next((item for item, times in Counter(items).items() if times > 1), None)
