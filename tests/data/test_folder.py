@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from formix.data import folder, load_data
+from formix.data.encoded import DecodedWhenRead
 
 CLASSES = ["bird", "cat", "dog"]
 
@@ -163,7 +164,7 @@ def test_more_than_fits_is_decoded_when_read(tmp_path, monkeypatch, kind):
     kept = load_data(name)
     monkeypatch.setattr(folder, "MEMORY_LIMIT", 1000)
     read = load_data(name)
-    assert isinstance(read.train.pixels, folder.DecodedWhenRead)
+    assert isinstance(read.train.pixels, DecodedWhenRead)
     assert read.provenance["normalisation"] == kept.provenance["normalisation"]
     a, b = everything(read.test), everything(kept.test)
     assert torch.equal(a["pixel_values"], b["pixel_values"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from formix.commands.arguments import parse, split_named
 
 if TYPE_CHECKING:
-    from formix.data.folder import EncodedImage
+    from formix.data.encoded import EncodedImage
     from formix.evaluation.prediction import Prediction
 
 
@@ -99,7 +99,8 @@ def _of_images(model: Any, config: PredictConfig, directory: Path) -> Iterator[P
 
 
 def _pictures(path: Path) -> list[EncodedImage]:
-    from formix.data.folder import EncodedImage, picture_tree
+    from formix.data.encoded import EncodedImage
+    from formix.data.folder import picture_tree
 
     if not path.exists():
         raise ValueError(f"{str(path)!r} does not exist; give pictures, folders of them, or a .tar.")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from formix.data.base import SPLIT_WORDS, SPLITS, Data, Request
-from formix.data.folder import EncodedImage, encoded_image_data
+from formix.data.encoded import EncodedImage
+from formix.data.folder import encoded_image_data
 from formix.data.text import divide_text, text_data
 
 

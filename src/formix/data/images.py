@@ -30,7 +30,7 @@ class Pixels(Protocol):
 class ImageDataset(BatchDataset):
     """Images `pixels` uint8 [N, C, H, W] and `labels` [N]; batches are (pixels - mean) / std, with mean, std [C].
 
-    `uncut` are the same images whole (`formix.data.folder.DecodedWhenRead`), where pixels may be a part of them.
+    `uncut` are the same images whole (`formix.data.encoded.DecodedWhenRead`), where pixels may be a part of them.
     """
 
     def __init__(self, pixels: Pixels, labels: Tensor, mean: Tensor, std: Tensor, uncut: Any = None) -> None:

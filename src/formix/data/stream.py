@@ -24,7 +24,8 @@ import torch
 from filelock import FileLock
 
 from formix.data.base import SPLITS, Data, Request, split_of
-from formix.data.folder import DEFAULT_SIZE, DecodedWhenRead, EncodedImage, empty_class, named_splits
+from formix.data.encoded import DecodedWhenRead, EncodedImage
+from formix.data.folder import DEFAULT_SIZE, empty_class, named_splits
 from formix.data.images import ImageDataset, image_data
 from formix.data.unreadable import CHUNK, count_skipped, readable, refuse_loss
 

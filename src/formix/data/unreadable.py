@@ -12,10 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from formix.data.folder import EncodedImage
+from formix.data.encoded import EncodedImage
 
 _log = logging.getLogger("formix")
 MOST = 0.1  # share of a split that may be left out

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formix.data.folder import EncodedImage
+from formix.data.encoded import EncodedImage
 from formix.data.text import vocabulary_size
 from formix.models.inputs import image_inputs, independent_classes, label_names
 from formix.models.text import check_tokens, positions, task_of
