@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from formix.design.checks import check_flags, deep_tuple, is_count
 from formix.design.layout import Layout
-from formix.design.mixers import MIXERS, Mixer, Pointwise, Sima, Softmax
+from formix.design.mixers import MIXERS, GatedUnit, Mixer, Pointwise, Sima, Softmax
 from formix.design.wiring import Wiring
 
 
@@ -32,6 +32,11 @@ class LayerDesign:
         if self.source is None or self.wiring is None:
             return ()
         return self.wiring.skip_heads(self.index, num_heads, self.depth)
+
+    @property
+    def tied_norms(self) -> bool:
+        """Whether one norm stands before both branches: Activator's official code."""
+        return self.official and isinstance(self.mixer, GatedUnit)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from formix.design import design as find_design
 from formix.layers.attention import Attention, KeyValue
 from formix.layers.fused import FusedParallel
 from formix.layers.gated_unit import GatedUnit
-from formix.layers.layout import Norm, compose, norm_position, norms_used
+from formix.layers.layout import Norm, compose, norm_position, norms_kept
 
 
 @register_notrace_module  # as Attention: the joined form of parallel blocks reads its parts' weights
@@ -64,13 +64,11 @@ class Block(nn.Module):
         self.layout = layer.layout
         self.norm_position: Norm = norm_position(layer.layout, norm)
 
-        uses_first, uses_second = norms_used(layer.layout, norm)
-        keep_unused = layer.official and layer.layout.parallel  # PAF's official checkpoints have the unused norm
-        tied = layer.official and isinstance(layer.mixer, GatedUnitMixer)  # Activator: one norm, used twice
-        self.norm1 = norm_layer(dim, **dd) if uses_first or keep_unused else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd) if (uses_second or keep_unused) and not tied else None
-        if self.norm2 is None and not tied:
-            self.norm2 = nn.Identity()
+        first, second = norms_kept(layer, norm)
+        self.norm1 = norm_layer(dim, **dd) if first else nn.Identity()
+        self.norm2 = None
+        if not layer.tied_norms:
+            self.norm2 = norm_layer(dim, **dd) if second else nn.Identity()
 
         def residual_parts() -> tuple[nn.Module, nn.Module]:
             scale = LayerScale(dim, init_values=init_values, **dd) if init_values else nn.Identity()
@@ -150,16 +148,7 @@ def make_mixer(layer: LayerDesign, dim: int, num_heads: int, **timm: Any) -> Att
     """The mixer of one layer as a module, from timm's words for attention."""
     mixer = layer.mixer
     if isinstance(mixer, GatedUnitMixer):
-        return GatedUnit(
-            dim,
-            int(dim * mixer.ratio),
-            activation=mixer.activation,
-            inner_norm=mixer.inner_norm or layer.official,
-            tied=layer.official,
-            proj_drop=timm["proj_drop"],
-            device=timm["device"],
-            dtype=timm["dtype"],
-        )
+        return GatedUnit.of(layer, dim, proj_drop=timm["proj_drop"], device=timm["device"], dtype=timm["dtype"])
     heads = mixer.num_heads or num_heads if isinstance(mixer, Sima) else num_heads
     return Attention(dim, num_heads, mixer=mixer, skip_heads=layer.skip_heads(heads), **timm)
 

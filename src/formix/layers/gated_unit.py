@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formix.design import GluActivation
+from formix.design import GatedUnit as GatedUnitMixer
+from formix.design import GluActivation, LayerDesign
 from formix.ops.gated import ACTIVATIONS
 
 
@@ -56,6 +57,21 @@ class GatedUnit(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_features, **dd) if inner_norm and not tied else None
         self.fc3 = nn.Linear(hidden_features, dim, **dd)
         self.drop = nn.Dropout(proj_drop)
+
+    @classmethod
+    def of(cls, layer: LayerDesign, dim: int, *, proj_drop: float = 0.0, **dd: Any) -> GatedUnit:
+        """The unit of a layer whose mixer is one; `official` ties its inner norms."""
+        mixer = layer.mixer
+        assert isinstance(mixer, GatedUnitMixer)
+        return cls(
+            dim,
+            int(dim * mixer.ratio),
+            activation=mixer.activation,
+            inner_norm=mixer.inner_norm or layer.official,
+            tied=layer.official,
+            proj_drop=proj_drop,
+            **dd,
+        )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         # the layers are called, so that an adapter or a hook on one of them is not bypassed

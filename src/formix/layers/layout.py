@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from formix.design import Layout
+from formix.design import LayerDesign, Layout
 
 Branch = Callable[[Tensor], Tensor]
 Norm = Literal["pre", "post"]
@@ -26,6 +26,15 @@ def norms_used(layout: Layout, trunk: Norm) -> tuple[bool, bool]:
         pre = norm_position(layout, trunk) == "pre"
         return pre, not pre
     return True, layout.ffn
+
+
+def norms_kept(layer: LayerDesign, trunk: Norm) -> tuple[bool, bool]:
+    """Whether a layer has its first and its second norm: those it uses, and with `official` both of a parallel layout
+    (PAF's checkpoints have the unused one). Of tied norms there is the first alone."""
+    first, second = norms_used(layer.layout, trunk)
+    if layer.official and layer.layout.parallel:
+        first = second = True
+    return first, second and not layer.tied_norms
 
 
 def compose(

@@ -21,17 +21,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from formix.design import GatedUnit, LayerDesign, Sima
+from formix.layers import GatedUnit as GatedUnitLayer
 from formix.layers.attention import KeyValue
+from formix.layers.layout import norms_kept
 from formix.models.hf import (
     DesignedAttention,
     DesignedBlock,
     WithHead,
     check_inputs,
-    gated_unit_for,
     layer_designs,
     linear_rows,
     no_layers,
-    norms_kept,
     padding_mask,
     run_layers,
 )
@@ -77,7 +77,7 @@ class BertAttention(nn.Module):
         self.output: Any
         self.unit: Any = None
         if isinstance(layer.mixer, GatedUnit):
-            self.unit = gated_unit_for(layer, config.hidden_size, config.hidden_dropout_prob)
+            self.unit = GatedUnitLayer.of(layer, config.hidden_size, proj_drop=config.hidden_dropout_prob)
             self.output = nn.Module()
             self.output.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         else:

@@ -23,7 +23,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from formix.design import GatedUnit, LayerDesign
+from formix.layers import GatedUnit as GatedUnitLayer
 from formix.layers.attention import KeyValue
+from formix.layers.layout import norms_kept
 from formix.models.cache import CACHE, cache_of, count_tokens, next_positions
 from formix.models.hf import (
     DesignedAttention,
@@ -31,10 +33,8 @@ from formix.models.hf import (
     WithHead,
     as_boolean,
     check_inputs,
-    gated_unit_for,
     layer_designs,
     no_layers,
-    norms_kept,
     run_layers,
 )
 from formix.models.recorded import Recorded
@@ -98,7 +98,8 @@ class FormixGPT2Block(DesignedBlock):
         self.ln_2 = nn.LayerNorm(dim, eps=eps) if second else nn.Identity()
         gated = isinstance(layer.mixer, GatedUnit)
         self.layer_idx = layer.index
-        self.attn: Any = gated_unit_for(layer, dim, config.resid_pdrop) if gated else FormixGPT2Attention(config, layer)
+        unit, drop = GatedUnitLayer.of, config.resid_pdrop
+        self.attn: Any = unit(layer, dim, proj_drop=drop) if gated else FormixGPT2Attention(config, layer)
         self.mlp: Any = GPT2MLP(config.n_inner or 4 * dim, config) if layer.layout.ffn else None
         ends: list[Any] = [getattr(branch, "c_proj", None) for branch in (self.attn, self.mlp)]
         for last in filter(None, ends):

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from formix.design import Design, GatedUnit, LayerDesign, Pointwise
+from formix.design import Design, LayerDesign, Pointwise
 from formix.design import design as find_design
-from formix.layers import GatedUnit as GatedUnitLayer
 from formix.layers import attend, compose
 from formix.layers.attention import GATES, KeyValue
-from formix.layers.layout import Norm, norm_position, norms_used
+from formix.layers.layout import Norm, norm_position
 from formix.models.kv_heads import KeyValueHeads
 
 
@@ -166,13 +165,12 @@ def linear_rows(linear: nn.Module, rows: Tensor) -> nn.Linear:
 
 
 class DesignedBlock(GradientCheckpointingLayer):
-    """A family's layer in the order that the design's layout says; the family gives its parts by `parts`."""
+    """A family's layer in the order that the design's layout says; the family gives its parts."""
 
     def __init__(self, layer: LayerDesign, trunk: Norm) -> None:
         super().__init__()
         self.layer_design = layer
         self.layout, self.norm_position = layer.layout, norm_position(layer.layout, trunk)
-        self.tied_norms = layer.official and isinstance(layer.mixer, GatedUnit)
 
     def mix(
         self, x: Tensor, attention_mask: Tensor | None, source_kv: KeyValue | None, past: Any, positions: Any
@@ -213,7 +211,7 @@ class DesignedBlock(GradientCheckpointingLayer):
             branch,
             self.feed if self.layout.ffn else None,
             norm1,
-            norm1 if self.tied_norms else norm2,
+            norm1 if self.layer_design.tied_norms else norm2,
             layout=self.layout,
             norm=self.norm_position,
         )
@@ -221,28 +219,6 @@ class DesignedBlock(GradientCheckpointingLayer):
             return x
         assert own is not None, "only a layer with keys can be the source of another"
         return x, *own
-
-
-def gated_unit_for(layer: LayerDesign, dim: int, dropout: float) -> GatedUnitLayer:
-    """Activator's unit in the place of a transformers attention."""
-    mixer = layer.mixer
-    assert isinstance(mixer, GatedUnit)
-    return GatedUnitLayer(
-        dim,
-        int(dim * mixer.ratio),
-        activation=mixer.activation,
-        inner_norm=mixer.inner_norm or layer.official,
-        tied=layer.official,
-        proj_drop=dropout,
-    )
-
-
-def norms_kept(layer: LayerDesign, trunk: Norm) -> tuple[bool, bool]:
-    """Whether a layer has its first and second norm: those it uses, and both with `official` (PAF's checkpoints)."""
-    if layer.official and layer.layout.parallel:
-        return True, True
-    first, second = norms_used(layer.layout, trunk)
-    return first, second and not (layer.official and isinstance(layer.mixer, GatedUnit))
 
 
 def padding_mask(attention_mask: Tensor | None) -> Tensor | None:

@@ -29,7 +29,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from formix.design import GatedUnit, LayerDesign
+from formix.layers import GatedUnit as GatedUnitLayer
 from formix.layers.attention import KeyValue
+from formix.layers.layout import norms_kept
 from formix.models.cache import CACHE, cache_of, count_tokens, next_positions
 from formix.models.hf import (
     DesignedAttention,
@@ -37,11 +39,9 @@ from formix.models.hf import (
     WithHead,
     as_boolean,
     check_inputs,
-    gated_unit_for,
     layer_designs,
     linear_rows,
     no_layers,
-    norms_kept,
     run_layers,
 )
 from formix.models.recorded import Recorded
@@ -152,7 +152,7 @@ class FormixLlamaDecoderLayer(DesignedBlock):
         gated = isinstance(layer.mixer, GatedUnit)
         self.layer_idx = layer.index
         self.windowed = bool(config.layer_types) and config.layer_types[layer.index] == "sliding_attention"  # type: ignore[index]
-        self.self_attn: Any = gated_unit_for(layer, dim, 0.0) if gated else FormixLlamaAttention(config, layer)
+        self.self_attn: Any = GatedUnitLayer.of(layer, dim) if gated else FormixLlamaAttention(config, layer)
         self.mlp: Any = LlamaMLP(config) if layer.layout.ffn else None
         self.input_layernorm = RMSNorm(dim, eps=eps) if first else nn.Identity()
         self.post_attention_layernorm = RMSNorm(dim, eps=eps) if second else nn.Identity()
