@@ -39,7 +39,7 @@ def capture_environment() -> Environment:
         instruction_set=instruction_set(),
         threads=torch.get_num_threads(),
         platform=platform.platform(),
-        commit=_commit(),
+        commit=_commit(Path(__file__)),
     )
 
 
@@ -69,12 +69,13 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
+def _commit(file: Path) -> str | None:
+    """The commit of the checkout that the file is of; None where it lies in another repository without being part of
+    it, as an installation in some project's folder does."""
+    file = file.resolve()
+    asked = ["git", "-C", str(file.parent), "rev-parse", "HEAD", f"HEAD:./{file.name}"]
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
-        )
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return answer.stdout[:12] if answer.returncode == 0 else None
