@@ -1,5 +1,8 @@
 """Linear probe of frozen features."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import timm
@@ -8,7 +11,7 @@ from sklearn.datasets import load_digits
 
 import formix
 from formix.data import load_data
-from formix.evaluation import image_features, linear_probe
+from formix.evaluation import image_features, linear_probe, probe
 from formix.evaluation.probe import normalised_for
 
 
@@ -67,6 +70,19 @@ def test_probe_reads_what_is_there(digits):
 def test_probe_is_fitted_on_no_more_than_the_limit(digits):
     few, all_of_them = (linear_probe(Brightness(64), digits, limit=n, precision="float32") for n in (30, 10_000))
     assert 0.3 < few < all_of_them - 0.05
+
+
+def test_the_test_split_chooses_no_penalty(digits, monkeypatch):
+    """On a single validation sample all penalties are as good; which of them test would prefer is not looked at."""
+    one = copy.copy(digits.validation)
+    one.pixels, one.labels = digits.train.pixels[:1], digits.train.labels[:1]
+    data = dataclasses.replace(digits, validation=one)
+
+    def accuracy(*tried):
+        monkeypatch.setattr(probe, "PENALTIES", tried)
+        return linear_probe(Brightness(64), data, limit=200, precision="float32")
+
+    assert accuracy(0.01, 1.0) == accuracy(0.01) < accuracy(1.0)
 
 
 def test_probe_agrees_with_scikit_learn(digits):

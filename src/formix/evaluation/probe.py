@@ -26,7 +26,8 @@ def linear_probe(
     """Accuracy on test of multinomial logistic regression on a model's frozen features.
 
     The features are standardised; the regression is fitted on train with each C of `PENALTIES`, and the C that is best
-    on validation is reported. Images are normalised by the model's own statistics where it has some.
+    on validation is reported, of equals the smallest. Images are normalised by the model's own statistics where it has
+    some.
 
     Args:
         model: a timm model, formix's or a stock one, that takes images of the data's size.
@@ -60,7 +61,7 @@ def linear_probe(
     for c in PENALTIES:
         probe.set_params(C=c).fit(features["train"], labels["train"])
         scores.append([probe.score(features[split], labels[split]) for split in ("validation", "test")])
-    return float(max(scores)[1])
+    return float(max(scores, key=lambda score: score[0])[1])  # which looks at validation alone
 
 
 @torch.no_grad()
