@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from formix.comparison.report import finding, markdown_table, print_table, write_report
+from formix.comparison.report import finding, write_report
 from formix.comparison.results import RunRecord
-from formix.comparison.tables import si_prefix, signed, significant
+from formix.comparison.tables import markdown_table, print_table, si_prefix, signed, significant
 
 
 def chosen(design, tests):

@@ -32,10 +32,8 @@ TOKENS = (128, 197, 577, 785, 1024, 2048, 4096, 8192)
 OTHERS = tuple(f"relu(activation={h})" for h in ("gelu", "softplus", "sigmoid", "relu2"))
 DTYPES = ("bfloat16", "float32")
 ISAS = ("avx512", "avx2")
-SHORT = (
-    197,
-    785,
-)  # where the naive and compiled forms are timed too, and lower instruction sets against all of PyTorch
+# where the naive and compiled forms are timed too, and lower instruction sets against all of PyTorch
+SHORT = (197, 785)
 MODEL = "vit_small_patch8_224"
 
 

@@ -35,9 +35,8 @@ class EvalConfig:
     validation_fraction: float | None = None  # as in the training, so that the splits are the same
     test_fraction: float | None = None  # likewise, where the data have no test split
     limit: int | None = None  # most training samples (bytes of text)
-    on_bad_sample: Literal["refuse", "skip"] | None = (
-        None  # of images in files: one that cannot be read is an error, or is left out
-    )
+    # of images in files: one that cannot be read is an error, or is left out
+    on_bad_sample: Literal["refuse", "skip"] | None = None
     json: bool = False  # print JSON
 
 

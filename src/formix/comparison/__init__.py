@@ -2,9 +2,10 @@
 
 from formix.comparison.config import CompareConfig
 from formix.comparison.joint import joint_markdown
-from formix.comparison.report import markdown_table, print_table, write_report
+from formix.comparison.report import write_report
 from formix.comparison.results import Results, read_results, write_results
 from formix.comparison.runner import Progress, compare
+from formix.comparison.tables import markdown_table, print_table
 
 __all__ = [
     "CompareConfig",

@@ -28,9 +28,7 @@ from formix.comparison.tables import (
     METRICS,
     columns,
     interval,
-    markdown_table,
     metric_decimals,
-    print_table,
     reference_values,
     signed,
     significant,
@@ -38,8 +36,6 @@ from formix.comparison.tables import (
     with_deviation,
 )
 from formix.records import write_atomically
-
-__all__ = ["finding", "markdown_table", "print_table", "write_report"]
 
 
 def write_report(results: Results | Sequence[Results], path: str | os.PathLike[str]) -> None:

@@ -78,9 +78,8 @@ class RunRecord:
     flops: int | None = None  # FLOPs of one item's forward pass; of sentences, one of the mean length
     train_items_per_second: float | None = None  # training throughput
     train_seconds: float | None = None  # training time, evaluation not counted
-    latency_ms: dict[str, dict[str, float | None]] = field(
-        default_factory=dict
-    )  # precision -> batch size -> ms per batch
+    # precision -> batch size -> ms per batch
+    latency_ms: dict[str, dict[str, float | None]] = field(default_factory=dict)
     peak_memory_bytes: int | None = None  # peak memory of a training step; of sentences, with the longest
     notes: tuple[str, ...] = ()  # which metric is null because it is no number, in words
     config_hash: str = ""  # of everything that determines this run; equal hash, equal run

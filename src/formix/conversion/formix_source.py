@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -50,8 +51,6 @@ def open_formix(model: Any) -> Source:
         official = model.design.official  # type: ignore[union-attr]
 
         def build_xcit(design: Design) -> Any:
-            import dataclasses
-
             return timm.create_model(
                 "formix_xcit", **{**given, "design": dataclasses.replace(design, official=official)}
             )

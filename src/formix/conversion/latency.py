@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,8 +91,6 @@ def converted_cases(
     Raises:
         ValueError: the directory holds no model that `formix convert` made.
     """
-    from pathlib import Path
-
     from formix.models.directory import read_config
     from formix.models.recorded import FILE
 

@@ -11,7 +11,7 @@ task    KL(teacher | student) of the classes that the logits are of, or (y_s - y
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -143,6 +143,3 @@ def _answers(model: Any, given: Tensor, taught: Tensor, mask: Tensor | None) -> 
         given, taught = (torch.stack([logits, torch.zeros_like(logits)], -1) for logits in (given, taught))
     divergence = F.kl_div(F.log_softmax(given, -1), F.log_softmax(taught, -1), log_target=True, reduction="sum")
     return divergence / len(given)
-
-
-__all__: Sequence[str] = ("Distillation",)

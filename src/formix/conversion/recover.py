@@ -23,8 +23,8 @@ from formix.data import Data, collate
 from formix.models.modes import evaluating
 from formix.records import write_atomically
 from formix.training import Objective, TrainConfig, train
+from formix.training.acceleration import autocast_dtype
 from formix.training.checkpoint import Checkpoints, difference
-from formix.training.loop import autocast_dtype
 from formix.training.parallel import start
 
 STAGES = ("match", "align", "task")

@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 
 from formix.conversion.source import Source, unknown_family
-from formix.conversion.weight_map import ROWS, SAME, Move, Rule, resolve
+from formix.conversion.weight_map import ROWS, SAME, Rule, resolve
 from formix.design import Design
 
 DECODERS = ("gpt2", "llama")
@@ -246,6 +246,3 @@ def rebuild(description: dict[str, Any]) -> Any:
     if hasattr(trunk, "pooler") and not description["pooler"]:
         trunk.pooler = None
     return model
-
-
-__all__ = ["Move", "describe", "open_transformers", "rebuild"]

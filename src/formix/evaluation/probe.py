@@ -15,7 +15,7 @@ from formix.data.base import SPLITS
 from formix.data.images import ImageDataset
 from formix.models.inputs import image_inputs, knows_statistics
 from formix.models.modes import evaluating
-from formix.training.loop import autocast_dtype
+from formix.training.acceleration import autocast_dtype
 
 PENALTIES = (0.01, 0.1, 1.0)  # scikit-learn's C, tried on the validation split
 

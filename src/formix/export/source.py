@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Source:
     image: dict[str, Any] | None = None  # timm's data config
     size: tuple[int, int, int] | None = None  # channels, height, width of images
     labels: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def read_source(source: Any, *, img_size: int | None = None) -> Source:

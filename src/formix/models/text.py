@@ -226,13 +226,8 @@ def from_directory(
     return model
 
 
-_LAYERS = {
-    "gpt2": "h",
-    "bert": "layer",
-    "roberta": "layer",
-    "distilbert": "layer",
-    "llama": "layers",
-}  # the path of a family's layers
+# the name of a family's list of layers
+_LAYERS = {"gpt2": "h", "bert": "layer", "roberta": "layer", "distilbert": "layer", "llama": "layers"}
 _RENAMED = {"llama": {r"^transformer\.": "model."}}  # transformers' question answering calls its trunk otherwise
 
 

@@ -16,7 +16,6 @@ import torch
 
 from formix.ops import triton
 
-Impl = Literal["auto", "reference", "native", "triton"]
 IMPLS = ("auto", "reference", "native", "triton")
 # operators with more than the reference; the others are compositions of these and of torch's own
 ACCELERATED = ("pointwise_attention", "l1_attention")
