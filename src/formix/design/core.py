@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from formix.design.checks import check_flags, deep_tuple, is_count
 from formix.design.layout import Layout
-from formix.design.mixers import MIXERS, GatedUnit, Mixer, Pointwise, Sima, Softmax
+from formix.design.mixers import MIXERS, GatedUnit, Mixer, Sima, Softmax
 from formix.design.wiring import Wiring
 
 
@@ -165,10 +165,6 @@ class Design:
     def describe(self) -> str:
         """The design's formula in one line."""
         parts = [self.mixer.formula]
-        if isinstance(self.mixer, Pointwise):
-            m = self.mixer
-            parts = [f"L^-{m.length_exponent:g} {m.activation}(QKᵀ/√d) V" if m.activation != "sigmoid_bias" else
-                     "sigmoid(QKᵀ/√d - log L) V"]  # fmt: skip
         norm = f", {self.layout.norm}-norm" if self.layout.norm else ""
         if self.layout.parallel:
             parts.append(f"x + mixer(x) + FFN(x){norm}")
@@ -184,8 +180,8 @@ class Design:
         return "; ".join(parts)
 
 
-def _mixer_to_dict(mixer: Mixer | Layout) -> dict[str, Any]:
-    return {"kind": mixer.kind, **dataclasses.asdict(mixer)}  # type: ignore[union-attr]
+def _mixer_to_dict(mixer: Mixer) -> dict[str, Any]:
+    return {"kind": mixer.kind, **dataclasses.asdict(mixer)}
 
 
 def _layers_from_dict(data: Any) -> dict[int, Any]:

@@ -33,7 +33,6 @@ class Pointwise:
     """O = L^-a h(Q K^T / sqrt(d_h)) V (arXiv 2309.08586): no normalisation over tokens."""
 
     kind: ClassVar[str] = "pointwise"
-    formula: ClassVar[str] = "L⁻ᵃ h(QKᵀ/√d) V"
     has_keys: ClassVar[bool] = True
 
     activation: Activation = "relu"  # h
@@ -58,6 +57,13 @@ class Pointwise:
         if self.length not in ("visible", "keys") and not (is_count(self.length) and int(self.length) > 0):
             raise ValueError(f"length is {self.length!r}; it must be 'visible', 'keys' or a positive number of tokens.")
         object.__setattr__(self, "length_exponent", float(self.length_exponent))  # 1 and 1.0 are one design
+
+    @property
+    def formula(self) -> str:
+        """With the function and the exponent that are chosen."""
+        if self.activation == "sigmoid_bias":
+            return "sigmoid(QKᵀ/√d - log L) V"
+        return f"L^-{self.length_exponent:g} {self.activation}(QKᵀ/√d) V"
 
 
 @dataclass(frozen=True, kw_only=True)
