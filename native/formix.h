@@ -43,7 +43,7 @@ struct FormixL1 {
   FormixTensor grad_out, grad_q, grad_k, grad_v;
 };
 
-// Instruction sets, best first. `built`: compiled into this library. `reason`: empty if it can run on this machine.
+// Instruction sets, best first. `reason`: why it cannot run on this machine with this library, empty if it can.
 __attribute__((visibility("default"))) int formix_isa_count();
 __attribute__((visibility("default"))) const char *formix_isa_name(int index);
 __attribute__((visibility("default"))) const char *formix_isa_reason(int index);

@@ -18,6 +18,8 @@ from formix.layers.script import ScriptableAttention, ScriptableMixer, Scriptabl
 
 
 class _Trunk:
+    """timm's trunk with masks for the blocks."""
+
     def forward_features(self: Any, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         return self.norm(self.blocks(x, attn_mask, is_causal))

@@ -181,6 +181,11 @@ def create_xcit(base: str, design: str | Design | None, *, pretrained: bool = Fa
 
 
 def _with_design(trunk: Any, design: Design) -> Any:
+    """timm's `Xcit` as a `FormixXcit`, in place, its attentions of the design and initialised anew.
+
+    Raises:
+        ValueError: another class, or a layout, wiring or mixer that XCiT cannot have.
+    """
     if trunk.__class__ is not Xcit:
         raise ValueError(f"This is a {type(trunk).__name__}; formix_xcit takes timm's xcit_* names.")
     depth = len(trunk.blocks)

@@ -116,8 +116,8 @@ def signature(
     name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: tuple[Any, ...]
 ) -> Hashable | None:
     """All that a call depends on except its tensors; among `options` the types of those whose equals (1, 1.0 and True)
-    are no such options. None if it has to take the long way, because autocast has
-    something to cast or a transform, a mode, a tracer or a profiler wants to know of it."""
+    are no such options. None if it has to take the long way, because autocast has something to cast or a transform, a
+    mode, a tracer or a profiler wants to know of it."""
     if _observed() or not (type(query) is type(key) is type(value) is Tensor):
         return None
     if query.is_neg() or key.is_neg() or value.is_neg() or not (mask is None or type(mask) is Tensor):
