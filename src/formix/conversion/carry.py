@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formix.benchmarks import count_flops
 from formix.conversion.hybrid import choose_layers
-from formix.conversion.planning import NewWeight, Plan, layer_changes, layers_of_design, shapes
+from formix.conversion.planning import (
+    NewWeight,
+    Plan,
+    example_input,
+    layer_changes,
+    layers_of_design,
+    operations,
+    shapes,
+)
 from formix.conversion.record import Conversion, design_of, sha256
 from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
 from formix.conversion.weight_map import forward
 from formix.design import Design
-from formix.models.image import image_size
 from formix.models.inputs import keep_inputs
 from formix.models.recorded import FILE
 
 _log = logging.getLogger("formix")
-TOKENS = 128  # of the sequence on which a text model's operations are counted
 SIGMOID_BIAS, SILU_BIAS = 4.0, 1.2784645  # silu(1.2784645) = 1
 GATE_BIASES = {"identity": 1.0, "silu": SILU_BIAS, "sigmoid": SIGMOID_BIAS}
 
@@ -296,38 +301,11 @@ def _fold_norms(target: nn.Module, state: Mapping[str, Tensor], done: set[str]) 
     return folded
 
 
-def example_input(model: Any, family: str) -> tuple[Any, str]:
-    """A batch of one on which operations are counted, and what it is."""
-    if hasattr(model, "config"):
-        from formix.models.text import as_choices, positions
-
-        tokens = min(TOKENS, positions(model.config) or TOKENS)
-        ids = {"input_ids": torch.zeros(1, tokens, dtype=torch.long)}
-        more = {"use_cache": False} if family in ("gpt2", "llama") else {}
-        return {**as_choices(model, ids), **more}, f"{tokens} tokens"
-    size: Any = image_size(model)
-    return torch.zeros(1, model.in_chans, *size), f"an image of {size[0]} x {size[1]}"
-
-
-def _count(plan: Plan, source: Source, model: Any, target: Any) -> None:
-    inputs, plan.input = example_input(target, source.family)
-    if isinstance(inputs, dict):
-        inputs = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-    inputs = inputs.to(next(target.parameters()).dtype) if isinstance(inputs, Tensor) else inputs
-    own = type(model).__module__.startswith("formix.")
+def _count(plan: Plan, source: Source, model: nn.Module, target: nn.Module) -> None:
+    inputs, plan.input = example_input(target)
     before = None
-    if own:
+    if type(model).__module__.startswith("formix."):
         before = operations(model, inputs)
     elif source.design is not None:
         before = operations(source.build(source.design).to(next(target.parameters()).dtype), inputs)
     plan.flops = (before, operations(target, inputs))
-
-
-def operations(model: nn.Module, inputs: Any) -> int | None:
-    """Floating-point operations of a forward pass; None for a model that the counter, which has shapes but no numbers,
-    cannot run: some look at numbers (dynamic rotary scaling) or refuse a length (chunks of the FFN)."""
-    try:
-        return count_flops(model, inputs)
-    except Exception as error:  # whatever a model raises: a side figure ends no conversion
-        _log.warning("The operations of this %s are not counted: %s", type(model).__name__, error)
-        return None

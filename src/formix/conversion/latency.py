@@ -57,7 +57,7 @@ class ConvertedCase(Measurable):
 
     def flops(self, contender: str) -> int | None:
         """Operations of one call; None for the source's class, whose attention the counter does not see."""
-        from formix.conversion.carry import operations
+        from formix.conversion.planning import operations
 
         if contender == "softmax":
             return None

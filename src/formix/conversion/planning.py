@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from formix.benchmarks import count_flops
 from formix.design import Design, LayerDesign
+from formix.models.image import image_size
+
+_log = logging.getLogger("formix")
+TOKENS = 128  # of the sequence on which a text model's operations are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +116,25 @@ def layers_of_design(design: Design, depth: int) -> list[LayerDesign]:
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def example_input(model: Any) -> tuple[Any, str]:
+    """A batch of one on which the operations of a model of formix's are counted, and what it is."""
+    if hasattr(model, "config"):
+        from formix.models.text import as_choices, positions
+
+        tokens = min(TOKENS, positions(model.config) or TOKENS)
+        return as_choices(model, {"input_ids": torch.zeros(1, tokens, dtype=torch.long)}), f"{tokens} tokens"
+    size: Any = image_size(model)
+    image = torch.zeros(1, model.in_chans, *size, dtype=next(model.parameters()).dtype)
+    return image, f"an image of {size[0]} x {size[1]}"
+
+
+def operations(model: nn.Module, inputs: Any) -> int | None:
+    """Floating-point operations of a forward pass; None for a model that the counter, which has shapes but no numbers,
+    cannot run: some look at numbers (dynamic rotary scaling) or refuse a length (chunks of the FFN)."""
+    try:
+        return count_flops(model, inputs)
+    except Exception as error:  # whatever a model raises: a side figure ends no conversion
+        _log.warning("The operations of this %s are not counted: %s", type(model).__name__, error)
+        return None
