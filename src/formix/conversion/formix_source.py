@@ -82,11 +82,13 @@ def open_formix(model: Any) -> Source:
 def _source(
     model: Any, before: Conversion | None, family: str, depth: int, design: Any, build: Callable[[Design], Any]
 ) -> Source:
+    from formix.models.text import DECODERS
+
     own = {"library": "formix", "class": type(model).__name__, "design": design.to_dict()}
     return Source(
         family=family,
         depth=depth,
-        causal=family in ("gpt2", "llama"),
+        causal=family in DECODERS,
         design=design,
         build=build,
         rebuild=lambda: build(design),

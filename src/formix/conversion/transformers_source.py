@@ -10,7 +10,6 @@ from formix.conversion.source import Source, unknown_family
 from formix.conversion.weight_map import ROWS, SAME, Rule, resolve
 from formix.design import Design
 
-DECODERS = ("gpt2", "llama")
 # model type -> (formix's family, fields of its config that the source's has not)
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
@@ -116,7 +115,7 @@ def open_transformers(model: Any) -> Source:
 
 
 def _text(model: Any, family: str, more: dict[str, Any]) -> Source:
-    from formix.models.text import FAMILIES
+    from formix.models.text import DECODERS, FAMILIES
 
     config_class, classes = FAMILIES[family]
     stem, plain = type(model).__name__, {c.__name__.removeprefix("Formix"): c for c in classes.values()}

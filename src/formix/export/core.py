@@ -221,7 +221,7 @@ def _program(found: Source, model: Any, batch: int | None, tokens: int | None, c
         if tokens is not None:
             raise ValueError(f"tokens is {tokens}, but this {type(model).__name__} takes images; leave it out.")
         return ImageProgram(model, found.size, batch=batch).eval()
-    from formix.models.text import check_length
+    from formix.models.text import check_length, is_decoder
 
     config = model.config
     check_length(model, tokens or 0)
@@ -231,8 +231,7 @@ def _program(found: Source, model: Any, batch: int | None, tokens: int | None, c
             f"The rotary positions of this model (rope_type {rope!r}) depend on the longest text of a call, which no "
             "file can hold; types with the same angles in every call can be exported, such as 'yarn' and 'llama3'."
         )
-    last_token = found.task == "sequence-classification" and model.config.model_type in ("formix_gpt2", "formix_llama")
-    if last_token and config.pad_token_id is None and batch != 1:
+    if found.task == "sequence-classification" and is_decoder(model) and config.pad_token_id is None and batch != 1:
         raise ValueError(
             "This decoder reads the class at the last token that is no padding, and its config names no pad_token_id: "
             "set model.config.pad_token_id and save it again, or export with --batch=1."

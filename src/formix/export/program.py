@@ -86,11 +86,11 @@ class TextProgram(Program):
     """
 
     def __init__(self, model: Any, task: str, *, batch: int | None = None, tokens: int | None = None) -> None:
-        from formix.models.text import as_choices, positions
+        from formix.models.text import as_choices, is_decoder, positions
 
         super().__init__(model)
         config = model.config
-        self.task, self.decoder = task, _is_causal(model)
+        self.task, self.decoder = task, is_decoder(model)
         self.axes = {} if batch else {"batch": Axis(least=1)}
         shape: tuple[int | str, ...] = (batch or "batch",)
         if as_choices(model, {"ids": torch.zeros(1, 1)})["ids"].dim() == 3:
@@ -144,10 +144,6 @@ class TextProgram(Program):
     ) -> tuple[Tensor, ...]:
         inputs = (input_ids, attention_mask, token_type_ids)
         return self.floats(*(x for x in inputs if x is not None))
-
-
-def _is_causal(model: Any) -> bool:
-    return str(model.config.model_type) in ("formix_gpt2", "formix_llama")
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

@@ -79,6 +79,9 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+DECODERS = ("gpt2", "llama")  # families whose tokens see earlier ones alone
+
+
 def _gpt2(layers: int, width: int, heads: int) -> dict[str, int]:
     return {"n_layer": layers, "n_embd": width, "n_head": heads}
 
@@ -237,6 +240,11 @@ def task_of(model: Any) -> str:
     if not hasattr(model, "config") or model.config.model_type == "formix_cvt":
         return "image-classification"
     return next(task for _, kinds in FAMILIES.values() for task, kind in kinds.items() if type(model) is kind)
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether a model of formix's, of text, is of a family whose tokens see earlier ones alone."""
+    return str(model.config.model_type).removeprefix("formix_") in DECODERS
 
 
 def positions(config: Any) -> int | None:
