@@ -33,8 +33,8 @@ def capture_environment() -> Environment:
         formix=metadata.version("formix"),
         python=platform.python_version(),
         torch=torch.__version__,
-        timm=_version("timm"),
-        transformers=_version("transformers"),
+        timm=version_of("timm"),
+        transformers=version_of("transformers"),
         cpu=_processor(),
         instruction_set=instruction_set(),
         threads=torch.get_num_threads(),
@@ -53,7 +53,8 @@ def instruction_set() -> str:
     return " + ".join(names)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None for one that is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from formix.conversion.weight_map import Move
 from formix.design import Design
 from formix.design import design as find_design
+from formix.environment import version_of
 from formix.models.recorded import FILE, Record
 
 CASTS = (torch.float32, torch.bfloat16, torch.float16)  # types that a model may be cast to
@@ -46,7 +46,7 @@ class Conversion:
     match_parts: list[str] = field(default_factory=list)  # parts of changed layers
     match_errors: dict[str, list[float]] = field(default_factory=dict)  # step -> of each part, on held-out data
     speed: list[dict[str, Any]] = field(default_factory=list)  # before and after, by input
-    versions: dict[str, str | None] = field(default_factory=lambda: {name: _version(name) for name in PACKAGES})
+    versions: dict[str, str | None] = field(default_factory=lambda: {name: version_of(name) for name in PACKAGES})
 
     @staticmethod
     def of(model: nn.Module) -> Conversion | None:
@@ -166,13 +166,6 @@ def sha256(state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from accelerate.utils import is_torch_version
 
 from formix.design import Design
 from formix.design import design as find_design
+from formix.environment import version_of
 from formix.export import formats, verify
 from formix.export.cached import CachedProgram
 from formix.export.program import ImageProgram, Program, TextProgram, output_ports, trace, unread
@@ -126,7 +126,7 @@ def export_model(
         text=_text(found, program),
         labels=found.labels,
         notes=(*found.notes, *_notes(found, program, format, unread(program, exported), kernels)),
-        versions=_versions(),
+        versions={name: version for name in PACKAGES if (version := version_of(name)) is not None},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".partial-{path.name}-{os.getpid()}"
@@ -303,14 +303,6 @@ def _properties(sheet: Sheet) -> dict[str, str]:
     values = plain(sheet)
     properties = {f"formix.{name}": json.dumps(values[name], ensure_ascii=False) for name in told if values[name]}
     return {**properties, "formix.version": sheet.versions["formix"]}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def _is_own(target: Any) -> bool:
