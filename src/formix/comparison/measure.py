@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from formix.benchmarks import count_flops, interleaved_medians
+from formix.benchmarks import interleaved_medians
 from formix.data import Batch, Data
 from formix.training import forward, peak_step_memory
-from formix.training.tasks import MODEL_INPUTS
+from formix.training.plan import flops_per_sample
 
 LATENCY_BATCHES = (1, 32)
 LATENCY_DTYPES = (torch.float32, torch.bfloat16)
@@ -29,10 +29,7 @@ def sample_batch(data: Data, size: int, *, longest: bool = False) -> Batch:
 
 def flops_per_item(model: nn.Module, data: Data) -> int:
     """Forward operations for one image or one sequence."""
-    sample = sample_batch(data, 1)
-    if "pixel_values" in sample:
-        return count_flops(model, sample["pixel_values"])
-    return count_flops(model, {k: sample[k] for k in MODEL_INPUTS if k in sample})
+    return flops_per_sample(model, sample_batch(data, 1))
 
 
 def step_memory(model: nn.Module, data: Data, batch_size: int, precision: str) -> int:

@@ -85,7 +85,7 @@ def plan(model: nn.Module, data: Data, config: TrainConfig, device: torch.device
         times.append(time.perf_counter() - begin)
     part_seconds = statistics.median(times[1:])
     step_seconds = part_seconds * config.batch_size / part
-    flops = _forward_flops(model, batch)
+    flops = flops_per_sample(model, batch)
     steps = None
     if config.epochs is not None:
         steps = max(1, round(config.epochs * math.ceil(size / config.batch_size)))
@@ -102,7 +102,8 @@ def plan(model: nn.Module, data: Data, config: TrainConfig, device: torch.device
     )
 
 
-def _forward_flops(model: nn.Module, batch: Batch) -> int:
+def flops_per_sample(model: nn.Module, batch: Batch) -> int:
+    """Operations of a forward pass on the first sample of a batch, an image or a sequence."""
     one = {name: tensor[:1] for name, tensor in batch.items()}
     if "pixel_values" in one:
         return count_flops(model, one["pixel_values"])
