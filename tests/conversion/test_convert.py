@@ -391,6 +391,7 @@ def _quantised() -> nn.Module:
         (_offloaded, "relu", {}, "not in memory"),
         (lambda: "no-such-model", "relu", {}, "no directory, timm name or transformers id"),
         (lambda: make("bert"), "relu", {"layers": "7"}, "layers 0 to 2"),
+        *((lambda: make("bert"), "relu", {"layers": n}, "0,2,4-7") for n in ("0,2-1", "first", "")),
         *((lambda: make("bert"), "relu", {"layers": n}, "whole numbers") for n in (1, True, [None], [1.5], [True])),
         *((lambda: make("bert"), "relu", {"keep": k}, "softmax:NUMBERS") for k in ("relu:0", "", [0], 0, True)),
         (lambda: make("bert"), "relu", {"keep": "softmax:0-2"}, "no layer to convert"),

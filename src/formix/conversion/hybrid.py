@@ -88,10 +88,9 @@ def parse_numbers(text: str) -> list[int]:
     numbers: list[int] = []
     for part in str(text).split(","):
         span = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not span:
+        if not span or (span[2] and int(span[2]) < int(span[1])):
             raise ValueError(f"{text!r} are no layer numbers; write them as 0,2,4-7.")
-        first = int(span[1])
-        numbers += range(first, int(span[2]) + 1) if span[2] else [first]
+        numbers += range(int(span[1]), int(span[2] or span[1]) + 1)
     return numbers
 
 
