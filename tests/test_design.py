@@ -1,6 +1,7 @@
 """Designs: names, combinations, options, hybrids, wiring, and JSON both ways."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import pickle
@@ -173,7 +174,10 @@ def test_single_layers_differ():
     assert "0: softmax" in found.describe()
     parts = {0: Softmax(), -1: Layout(parallel=True, norm="post"), 1: Layout(ffn=False), 2: Layout()}
     described = design("relu+paf", layers=parts).describe()
-    assert described.endswith("layers 0: softmax, -1: parallel, post-norm, 1: no FFN, 2: series")
+    assert described.endswith(
+        "layer 0: softmax(QKᵀ/√d) V; layer -1: parallel, post-norm; layer 1: no FFN; layer 2: series"
+    )
+    assert design("relu", layers={0: Sima(), 3: Sima()}).describe().startswith("L^-1 relu(QKᵀ/√d) V; layers 0, 3: Q̂")
     check_json(found)
 
 
@@ -440,9 +444,38 @@ def test_a_design_of_an_empty_file_is_the_default():
 def test_mixers(kind):
     mixer = MIXERS[kind]()
     assert mixer.kind == kind
-    assert mixer.formula
     assert Design(mixer=mixer).to_dict()["mixer"]["kind"] == kind
     assert isinstance(mixer.has_keys, bool)
+
+
+OTHER_OPTIONS = {
+    "qk_norm": True, "gate": "silu", "activation": "sigmoid", "length_exponent": 0.5, "length": "keys", "num_heads": 1,
+    "eps": 1e-6, "inner_norm": True, "ratio": 4.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [(kind, f.name) for kind, mixer in MIXERS.items() for f in dataclasses.fields(mixer)]
+)
+def test_formulas_show_every_option(kind, option):
+    mixer = MIXERS[kind]
+    assert mixer(**{option: OTHER_OPTIONS[option]}).formula != mixer().formula
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "formula"),
+    [
+        ("softmax", {"qk_norm": True}, "softmax(LN(Q)LN(K)ᵀ/√d) V"),
+        ("relu", {"length": 196, "gate": "silu"}, "(196^-1 relu(QKᵀ/√d) V) ⊙ silu(xW)"),
+        ("relu", {"length_exponent": 0, "activation": "relu2"}, "relu2(QKᵀ/√d) V"),
+        ("relu", {"activation": "sigmoid_bias", "length": "keys"}, "sigmoid(QKᵀ/√d - log Nₖ) V"),
+        ("activator", {"inner_norm": True}, "(LN(gelu(xW₁)) ⊙ LN(xW₂)) W₃"),
+        ("activator-glu", {"ratio": 1}, "(gelu(xW₁) ⊙ xW₂) W₃, ratio=1; no FFN"),
+        ("activator", {"official": True}, "(gelu(xW₁) ⊙ xW₂) W₃; as the official code"),
+    ],
+)
+def test_formulas(name, options, formula):
+    assert design(name, **options).describe() == formula
 
 
 def test_single_layers_may_be_given_by_name_or_as_plain_data():

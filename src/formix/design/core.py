@@ -174,9 +174,12 @@ class Design:
             parts.append(norm.removeprefix(", "))
         if self.wiring is not None:
             parts.append(f"K, V of layer {self.wiring.source} for heads {self.wiring.heads}")
-        if self.layers:
-            own = (f"{i}: {p.words if isinstance(p, Layout) else p.kind}" for i, p in self.layers.items())
-            parts.append("layers " + ", ".join(own))
+        own: dict[str, list[int]] = {}
+        for i, part in self.layers.items():
+            own.setdefault(part.words if isinstance(part, Layout) else part.formula, []).append(i)
+        parts += [f"layer{'s' * (len(i) > 1)} {', '.join(map(str, i))}: {words}" for words, i in own.items()]
+        if self.official:
+            parts.append("as the official code")
         return "; ".join(parts)
 
 

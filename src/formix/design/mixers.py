@@ -17,7 +17,6 @@ class Softmax:
     """O = softmax(Q K^T / sqrt(d_h)) V, the baseline."""
 
     kind: ClassVar[str] = "softmax"
-    formula: ClassVar[str] = "softmax(QKᵀ/√d) V"
     has_keys: ClassVar[bool] = True
 
     qk_norm: bool = False  # scale-only LayerNorm (eps 1e-6) of every query and key over the head's width
@@ -26,6 +25,11 @@ class Softmax:
     def __post_init__(self) -> None:
         check_flags(self, "qk_norm")
         check(self.gate, (None, *get_args(Gate)), "gate")
+
+    @property
+    def formula(self) -> str:
+        """In one line, with the options that are chosen."""
+        return _gated(f"softmax({_scores(self)}) V", self.gate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +64,12 @@ class Pointwise:
 
     @property
     def formula(self) -> str:
-        """With the function and the exponent that are chosen."""
+        """In one line, with the options that are chosen."""
+        number = {"visible": "L", "keys": "Nₖ"}.get(str(self.length), str(self.length))
         if self.activation == "sigmoid_bias":
-            return "sigmoid(QKᵀ/√d - log L) V"
-        return f"L^-{self.length_exponent:g} {self.activation}(QKᵀ/√d) V"
+            return _gated(f"sigmoid({_scores(self)} - log {number}) V", self.gate)
+        factor = f"{number}^-{self.length_exponent:g} " if self.length_exponent else ""
+        return _gated(f"{factor}{self.activation}({_scores(self)}) V", self.gate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,6 @@ class Sima:
     """O = Q^ (K^^T V), Q^ and K^ l1-normalised per channel over the tokens (arXiv 2206.08898)."""
 
     kind: ClassVar[str] = "sima"
-    formula: ClassVar[str] = "Q̂ (K̂ᵀ V), Q̂ = Q/‖Q‖₁ and K̂ = K/‖K‖₁ over tokens"
     has_keys: ClassVar[bool] = True
 
     num_heads: int | None = None  # None: the model's; 1 is the paper's single-head variant
@@ -83,13 +88,19 @@ class Sima:
         if not is_number(self.eps) or not 0 < self.eps < 1:
             raise ValueError(f"eps is {self.eps!r}; it must be between 0 and 1.")
 
+    @property
+    def formula(self) -> str:
+        """In one line, with the options that are chosen."""
+        q, k = ("‖Q‖₁", "‖K‖₁") if self.eps == 1e-12 else (f"max(‖{x}‖₁, {self.eps:g})" for x in "QK")
+        heads = "" if self.num_heads is None else f", num_heads={self.num_heads}"
+        return f"Q̂ (K̂ᵀ V), Q̂ = Q/{q} and K̂ = K/{k} over tokens{heads}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatedUnit:
     """y = (act(x W1 + b1) * (x W2 + b2)) W3 + b3 (arXiv 2405.15953): every token by itself, none are mixed."""
 
     kind: ClassVar[str] = "gated_unit"
-    formula: ClassVar[str] = "(act(xW₁) ⊙ xW₂) W₃"
     has_keys: ClassVar[bool] = False
 
     activation: GluActivation = "gelu"  # on the first branch
@@ -102,6 +113,24 @@ class GatedUnit:
         if not is_number(self.ratio) or not 0 < self.ratio < 1e3:
             raise ValueError(f"ratio is {self.ratio!r}; the inner width must be a positive multiple of the model's.")
         object.__setattr__(self, "ratio", float(self.ratio))
+
+    @property
+    def formula(self) -> str:
+        """In one line, with the options that are chosen."""
+        u, v = "xW₁" if self.activation == "identity" else f"{self.activation}(xW₁)", "xW₂"
+        if self.inner_norm:
+            u, v = f"LN({u})", f"LN({v})"
+        return f"({u} ⊙ {v}) W₃" + ("" if self.ratio == 2 else f", ratio={self.ratio:g}")
+
+
+def _scores(mixer: Softmax | Pointwise) -> str:
+    return "LN(Q)LN(K)ᵀ/√d" if mixer.qk_norm else "QKᵀ/√d"
+
+
+def _gated(formula: str, gate: Gate | None) -> str:
+    if gate is None:
+        return formula
+    return f"({formula}) ⊙ " + ("xW" if gate == "identity" else f"{gate}(xW)")
 
 
 Mixer = Softmax | Pointwise | Sima | GatedUnit
