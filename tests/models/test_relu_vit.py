@@ -169,8 +169,9 @@ def test_logits_and_gradients_are_big_visions(model, shapes, forward, scale):
     check(small(**model), tree, **forward)
 
 
-def test_a_tree_from_a_file_and_back(tmp_path):
-    tree = {k: v.astype(np.float32) for k, v in random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5)).items()}
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+def test_a_tree_from_a_file_and_back(tmp_path, dtype):
+    tree = {k: v.astype(dtype) for k, v in random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5)).items()}
     model = small()
     for scan in (False, True):
         big_vision.load_npz(model, tree)

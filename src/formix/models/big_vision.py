@@ -166,25 +166,28 @@ def from_tree(tree: Mapping[str, Array], model: Any) -> dict[str, Tensor]:
 
 
 def to_tree(model: Any, *, scan: bool = False) -> Tree:
-    """The model's weights as big_vision's tree, in float32.
+    """The model's weights as big_vision's tree, in float32, and in float64 where the model is.
 
     Raises:
         ValueError: weights that the tree has no place for.
     """
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32))
+        for name, tensor in model.state_dict().items()
+    }
     tree: Tree = {}
     token, positions = state.pop("cls_token", None), state.pop("pos_embed", None)
     if token is not None and positions is not None and not model.no_embed_class:
         token, positions = token + positions[:, :1], positions[:, 1:]
     for name, tensor in (("cls", token), ("pos_embedding", positions)):
         if tensor is not None:
-            tree[name] = tensor.float().numpy()
+            tree[name] = tensor.numpy()
     placed = set()
     for weight, heads in _weights(model):
         if weight.torch in state:
             placed.add(weight.torch)
             tensor = state[weight.torch] if weight.third is None else state[weight.torch].chunk(3)[weight.third]
-            array = LAYOUTS[weight.layout].to_tree(tensor.float().numpy(), heads)
+            array = LAYOUTS[weight.layout].to_tree(tensor.numpy(), heads)
             tree[weight.tree] = np.ascontiguousarray(array)
     if set(state) - placed:
         raise ValueError(
