@@ -285,6 +285,16 @@ def test_operations_are_counted(name, design, products):
     assert counted == linear + 2 * products
 
 
+@pytest.mark.parametrize("name", ["vit_dwee_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256"])
+def test_operations_of_sima_in_differential_attention(name):
+    """Its cheaper order counts: H heads of D channels, 2 D of values, N = 7."""
+    for heads, linear in ((16, True), (4, False)):  # D = 2, D = 8
+        relu, sima = (formix.create_model(name, d, **small(name, num_heads=heads)) for d in ("relu", "sima"))
+        images, d = torch.empty(1, 3, *relu.patch_embed.img_size), 64 // heads // 2
+        saved = 2 * 2 * heads * (7 * 7 * (d + 2 * d) - 2 * 7 * d * 2 * d) if linear else 0
+        assert count_flops(relu, images) - count_flops(sima, images) == 2 * saved
+
+
 def test_size_of_the_bias_part_at_the_start():
     """Why SimA's is divided by the number of tokens: undivided it is tens of times softmax's output."""
     for seed in range(3):

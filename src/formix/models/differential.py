@@ -14,7 +14,7 @@ from timm.layers.diff_attention import DiffAttention
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock
 from torch import Tensor
 
-from formix.design import LayerDesign
+from formix.design import LayerDesign, Sima
 from formix.layers import attend
 from formix.models import timm_parallel
 from formix.models.own_blocks import LaidOutBlock, MixerAttention, give_mixer, heads, joined, lay_out
@@ -36,8 +36,12 @@ class _Difference(MixerAttention):
         return joined(self.sub_norm(out) * (1 - self.lambda_init))
 
     def mixer_flops(self: Any, x: Tensor) -> int:
-        """Operations of both attentions as softmax computes them."""
-        return 2 * x.shape[0] * 2 * self.num_heads * x.shape[1] ** 2 * 3 * self.head_dim
+        """Operations of both attentions, whose values are twice as wide as their queries and keys."""
+        b, n, _ = x.shape
+        products = 3 * n  # of a token, head and channel of Q: its weights and their sum of values
+        if isinstance(self.mixer, Sima):
+            products = min(products, 4 * self.head_dim)  # its parts of K^^T V and of Q^ (K^^T V)
+        return 2 * 2 * b * self.num_heads * n * self.head_dim * products
 
 
 class MixerDiffAttention(_Difference, DiffAttention):
