@@ -35,8 +35,8 @@ def l1_attention(
             in self-attention (Nq = Nk) the padded queries are left out too and give 0, so that the result on the
             tokens is that of the unpadded input.
         order: "qk_v" forms the Nq x Nk weights; "q_kv" the D x Dv product K^^T V; "fused" is the second with both
-            norms folded into one factor per channel, Q diag(c) (K^T V); "auto" takes "qk_v" when it is the cheaper
-            one (few tokens, wide heads) and "fused" otherwise. They differ by rounding only.
+            norms folded into one factor per channel, Q diag(c) (K^T V); "auto" takes "fused", and in the reference
+            "qk_v" when it is the cheaper one (few tokens, wide heads). They differ by rounding only.
         eps: lower bound of every norm; a channel of zeros stays zero. A norm above float32's range (3.4e38) is
             infinite there, and its channel adds nothing.
         impl: "auto", "reference", "native" or "triton". The kernels know the fused order only.
