@@ -306,6 +306,8 @@ def test_initialisation():
     assert (token.head.bias == -6.9).all()
     kept = timm.create_model("relu_vit_small_patch16_224", depth=1, head_zero_init=False)
     assert kept.head.weight.std().item() == pytest.approx(384**-0.5, rel=0.02)
+    registers = timm.create_model("relu_vit_small_patch16_224", depth=1, reg_tokens=4)  # timm's, made without values
+    assert registers.reg_token.std().item() == pytest.approx(1e-6, rel=0.1)
 
 
 # E_j[alpha_ij] L for queries and keys after LayerNorm, D = 64; ranges of the output's size relative to softmax's

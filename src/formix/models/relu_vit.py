@@ -116,7 +116,8 @@ def initialize(model: Any, *, head_bias: float = 0.0, head_zero_init: bool = Tru
 
     Projections of attention (queries, keys and values each by itself), gates and MLPs Xavier uniform; MLP biases
     N(0, 1e-6); other biases 0; patch embedding and `pre_logits` LeCun normal; positions N(0, 1 / sqrt(C)); class token
-    0; classifier 0, or LeCun normal, with bias `head_bias`; norms 1 and 0.
+    0; classifier 0, or LeCun normal, with bias `head_bias`; norms 1 and 0. Register tokens, which big_vision does not
+    have, are timm's N(0, 1e-6).
     """
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -140,6 +141,8 @@ def initialize(model: Any, *, head_bias: float = 0.0, head_zero_init: bool = Tru
         nn.init.normal_(model.pos_embed, std=model.embed_dim**-0.5)
     if model.cls_token is not None:
         nn.init.zeros_(model.cls_token)
+    if model.reg_token is not None:
+        nn.init.normal_(model.reg_token, std=1e-6)
     if isinstance(model.head, nn.Linear):
         if head_zero_init:
             nn.init.zeros_(model.head.weight)
