@@ -164,10 +164,17 @@ def test_the_designs_in_a_vit_compute_the_published_trunk(name, design):
         "vit_tiny_patch16_224", design=design, img_size=32, patch_size=4, embed_dim=256, depth=4, num_heads=4,
         mlp_ratio=2, num_classes=10, norm_layer=torch.nn.LayerNorm, class_token=False, pos_embed="none",
         global_pool="avg", fc_norm=False, final_norm=False,
+        proj_drop_rate=0.5,
     ).double().eval()  # fmt: skip
     model.load_state_dict(vit_weights(published.state_dict(), model), strict=True)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     close(model(images), published(images), 1e-11)
+    if design.official:  # then dropout, too, is where the authors have it
+        dropped = []
+        for each in (model.train(), published.train()):
+            torch.manual_seed(0)
+            dropped.append(each(images))
+        close(*dropped, 1e-11)
 
 
 def test_a_vit_of_another_function_is_refused():

@@ -64,6 +64,14 @@ def test_a_pooled_head_needs_a_mixer(design, task):
     make(formix.design(design, layers={1: Softmax()}), task=task)
 
 
+def test_the_official_unit_has_no_dropout():
+    for official in (True, False):
+        layer = make(formix.design("activator", official=official), hidden_dropout_prob=0.5).bert.encoder.layer[0]
+        x = torch.randn(2, 5, layer.attention.unit.fc1.in_features, dtype=layer.attention.unit.fc1.weight.dtype)
+        unit = layer.attention.unit.train()
+        assert torch.equal(unit(x), unit(x)) is official
+
+
 def test_unknown_fields_tasks_and_designs():
     with pytest.raises(ValueError, match="'n_layer': no field of FormixBertConfig"):
         make("relu", n_layer=3)

@@ -60,7 +60,7 @@ class GatedUnit(nn.Module):
 
     @classmethod
     def of(cls, layer: LayerDesign, dim: int, *, proj_drop: float = 0.0, **dd: Any) -> GatedUnit:
-        """The unit of a layer whose mixer is one; `official` ties its inner norms."""
+        """The unit of a layer whose mixer is one; with `official` its inner norms are tied and it has no dropout."""
         mixer = layer.mixer
         assert isinstance(mixer, GatedUnitMixer)
         return cls(
@@ -69,7 +69,7 @@ class GatedUnit(nn.Module):
             activation=mixer.activation,
             inner_norm=mixer.inner_norm or layer.official,
             tied=layer.official,
-            proj_drop=proj_drop,
+            proj_drop=0.0 if layer.official else proj_drop,
             **dd,
         )
 
