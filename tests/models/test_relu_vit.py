@@ -306,6 +306,8 @@ def test_initialisation():
     assert (token.head.bias == -6.9).all()
     kept = timm.create_model("relu_vit_small_patch16_224", depth=1, head_zero_init=False)
     assert kept.head.weight.std().item() == pytest.approx(384**-0.5, rel=0.02)
+    with pytest.raises(ValueError, match="weight_init is 'jax'; relu_vit_small_patch16_224 starts as big_vision's"):
+        formix.create_model("relu_vit_small_patch16_224", depth=1, weight_init="jax")
     registers = timm.create_model("relu_vit_small_patch16_224", depth=1, reg_tokens=4)  # timm's, made without values
     assert registers.reg_token.std().item() == pytest.approx(1e-6, rel=0.1)
 

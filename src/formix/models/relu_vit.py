@@ -82,7 +82,15 @@ def build(
         head_zero_init: start the classifier's weights at zero, as big_vision does.
         **arguments: options of the mixer (activation, length_exponent, length, qk_norm, gate) and timm's arguments.
             Without `design`, qk_norm is True.
+
+    Raises:
+        ValueError: one of timm's initialisations in `weight_init`, or what `create_vit` refuses.
     """
+    if arguments.get("weight_init") not in (None, "", "skip"):
+        raise ValueError(
+            f"weight_init is {arguments['weight_init']!r}; {name} starts as big_vision's models do: leave it out, or "
+            "pass 'skip' for weights that a checkpoint replaces."
+        )
     given = dict(arguments)
     options = {k: arguments.pop(k) for k in _MIXER_OPTIONS if k in arguments}
     if design is None:
