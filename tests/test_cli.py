@@ -173,6 +173,7 @@ WRONG = {
     "analysis of nothing": (["analyze", "--model={tmp}/none", "--data=digits"], "none is no model directory"),
     "report of nothing": (["report"], "results are missing"),
     "report of two kinds": (["report", "{tmp}", "--markdown", "--joint"], "both asked for"),
+    "report over its results": (["report", "{tmp}", "--out={tmp}/results.json"], "results.json'; it must end in .html"),
     "report of a missing file": (["report", "{tmp}/none.json"], "none.json"),
     "report of a broken file": (["report", "{tmp}/broken.yaml"], "broken.yaml"),
     "verb": (["dance"], "'dance' is no verb"),

@@ -386,6 +386,7 @@ def test_the_documented_commands(tmp_path, monkeypatch, capsys):
         (["broken.png"], "cannot be read"),
         (["broken.png", "--top=0"], "top is 0"),
         (["broken.png", "--out=a.txt"], ".csv or .jsonl"),
+        (["texts.csv", "--out=./texts.csv"], "'./texts.csv', which is one of the inputs"),
         (["broken.png", "--temperature=-1"], "temperature is -1"),
         (["--text=hello"], "is for images"),
         (["broken.png", "--bacth-size=3"], "did you mean batch_size"),

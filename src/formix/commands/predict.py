@@ -44,6 +44,8 @@ class PredictConfig:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or more.")
         if self.out is not None and Path(self.out).suffix not in (".csv", ".jsonl"):
             raise ValueError(f"out is {self.out!r}; it must end in .csv or .jsonl.")
+        if self.out is not None and Path(self.out).resolve() in [Path(path).resolve() for path in self.inputs]:
+            raise ValueError(f"out is {self.out!r}, which is one of the inputs; give another file.")
 
 
 def predict(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ class ReportConfig:
     """The page of finished comparisons, or their tables as Markdown."""
 
     results: list[str] = field(default_factory=list)  # directories of comparisons, or their results.json
-    out: str = "report.html"  # the page
+    out: str = "report.html"  # the page, an .html file
     markdown: bool = False  # print the table of each in place of the page
     joint: bool = False  # print one table of all in place of the page
 
@@ -24,6 +24,8 @@ class ReportConfig:
             raise ValueError("results are missing; give directories of comparisons, or their results.json.")
         if self.markdown and self.joint:
             raise ValueError("markdown and joint are both asked for; the tables of each are printed, or one of all.")
+        if Path(self.out).suffix != ".html":
+            raise ValueError(f"out is {self.out!r}; it must end in .html.")
 
 
 def report(arguments: list[str]) -> int:
