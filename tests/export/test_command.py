@@ -21,12 +21,13 @@ RUN = ['--model_args={"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size":
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where the page's directories are: a training run, and a text model."""
+    """Where the page's directories are: a training run, and two text models, each with a tokenizer of its own."""
     root = tmp_path_factory.mktemp("place")
     run = root / "runs" / "digits"
     assert main(["train", "--data=digits", "--design=relu", *RUN, f"--out={run}"]) == 0
-    formix.save(model_of("bert", "relu"), root / "my-bert")
-    formix.save(model_of("gpt2", "relu"), root / "my-gpt2")
+    for name in ("bert", "gpt2"):
+        formix.save(model_of(name, "relu"), root / f"my-{name}")
+        (root / f"my-{name}" / "tokenizer_config.json").write_text(json.dumps({"name_or_path": name}))
     return root
 
 
@@ -45,7 +46,7 @@ def test_commands(command, place, monkeypatch, capsys):
 
 def test_the_python_runs(place, monkeypatch):
     monkeypatch.chdir(place)
-    assert main(["export", "my-gpt2", "--out=served/gpt2.onnx", "--cache"]) == 0
+    assert main(["export", "my-gpt2", "--out=served/gpt2/gpt2.onnx", "--cache"]) == 0
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert blocks
     for block in blocks:
