@@ -168,6 +168,10 @@ def test_hidden_states(family: str, design: str) -> None:
 def test_attention_weights_and_cross_attention_are_refused_not_left_out(family: str) -> None:
     with pytest.raises(ValueError, match="output_attentions"):
         small(family, "softmax")(tokens(1, 5), output_attentions=True)
+    asked = small(family, "softmax", output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        asked(tokens(1, 5))
+    assert "attentions" not in asked(tokens(1, 5), output_attentions=False)
     with pytest.raises(ValueError, match="encoder_hidden_states"):
         small(family, "softmax")(tokens(1, 5), encoder_hidden_states=torch.zeros(1, 3, 32))
 

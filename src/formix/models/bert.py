@@ -173,7 +173,7 @@ class EncoderTrunk:
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """As transformers' `BertModel.forward` of an encoder; `attention_mask` is a tokenizer's, [batch, tokens]."""
-        check_inputs(input_ids, inputs_embeds, kwargs)
+        check_inputs(self.config, input_ids, inputs_embeds, kwargs)
         x = self.embeddings(
             input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds
         )

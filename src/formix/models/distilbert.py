@@ -78,7 +78,7 @@ class FormixDistilBertModel(FormixDistilBertPreTrainedModel, DistilBertModel):
     ) -> BaseModelOutput:
         """As transformers' `DistilBertModel.forward`; `attention_mask` is a tokenizer's, [batch, tokens], and
         `token_type_ids`, which DistilBERT has no embedding for, are taken and not read."""
-        check_inputs(input_ids, inputs_embeds, kwargs)
+        check_inputs(self.config, input_ids, inputs_embeds, kwargs)
         x = self.embeddings(input_ids, inputs_embeds, position_ids)
         return BaseModelOutput(last_hidden_state=self.encoder(x, padding_mask(attention_mask)))  # [B, N, C]
 

@@ -254,13 +254,18 @@ def as_boolean(mask: Any) -> Tensor | None:
     return visible
 
 
-def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Raise `ValueError` unless a forward pass has one kind of input, and if it is to return attention weights or to
-    read an encoder's output."""
+def check_inputs(
+    config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise `ValueError` unless a forward pass has one kind of input, and if it is to return attention weights, by its
+    arguments or the config, or to read an encoder's output."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions is True, but formix never forms the matrix of attention weights.")
+    if kwargs.get("output_attentions", config.output_attentions):
+        raise ValueError(
+            "output_attentions is True, but formix never forms the matrix of attention weights: leave it False, in the "
+            "config too."
+        )
     if kwargs.get("encoder_hidden_states") is not None:
         raise ValueError("encoder_hidden_states is given, but formix's text models have no cross-attention to read it.")
 

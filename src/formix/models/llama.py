@@ -226,7 +226,7 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
         """As transformers' `LlamaModel.forward`, whose `past_key_values` is `cache` since 5.24. Masks are tokenizer
         masks [batch, past + tokens] or boolean 4-D.
         """
-        check_inputs(input_ids, inputs_embeds, kwargs)
+        check_inputs(self.config, input_ids, inputs_embeds, kwargs)
         past_key_values, use_cache = cache_of(self, past_key_values, cache, use_cache)
         x: Any = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, N, C]
         if position_ids is None:
