@@ -324,6 +324,15 @@ def test_compile(design):
         close(torch.compile(model, fullgraph=True)(x), model(x), 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("design", formix.list_designs())
+def test_trace(design):
+    model = ours(design=design)
+    traced = torch.jit.trace(model, image_for(model))
+    x = image_for(model, 3)
+    close(traced(x), model(x), 1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 
 REFUSED = {

@@ -59,7 +59,7 @@ def attend(
         ValueError: a mask that the mixer cannot have, or a causal SimA.
     """
     assert attn_bias is None or (attn_mask is None and not is_causal), "no model has both"
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])  # torch.jit.trace makes tensors of sizes
     for watcher in _watchers:
         boolean = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > float("-inf")
         watcher(mixer, query, key, visible_mask(boolean, is_causal, query, key), attn_bias)
