@@ -275,6 +275,24 @@ def test_trunk_arguments_reach_the_blocks():
     assert all(type(b.mlp) is Mlp for b in model.blocks)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_relpos_small_patch16_224"])
+def test_checkpoint_path_reads_every_weight(name, tmp_path):
+    """Of blocks with parts of the design's own too; what was loaded needs the file no more."""
+    size, path = {"img_size": 32, "depth": 2, "num_classes": 5}, tmp_path / "weights.pth"
+    model = formix.create_model(name, "relu(gate=silu)", **size).eval()
+    torch.save(model.state_dict(), path)
+    again = formix.create_model(name, "relu(gate=silu)", checkpoint_path=str(path), **size).eval()
+    stock = tmp_path / "stock.pth"
+    torch.save(timm.create_model(name, **size).state_dict(), stock)
+    with pytest.raises(RuntimeError, match="gate"):  # as timm's: no weight stays random
+        formix.create_model(name, "relu(gate=silu)", checkpoint_path=str(stock), **size)
+    formix.save(again, tmp_path / "saved")
+    path.unlink()
+    x = image_for(model)
+    close(again(x), model(x), 1e-6)
+    close(formix.load(tmp_path / "saved").eval()(x), model(x), 1e-6)
+
+
 def test_same_seed_same_weights_and_initialisation_is_timm_s():
     """Weights have the spread that timm gives them."""
     torch.manual_seed(3)

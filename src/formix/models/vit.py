@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, load_checkpoint
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -194,7 +194,7 @@ def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool 
                 "features of its directory, timm.create_model('local-dir:DIR', pretrained=True, features_only=True)."
             )
         return timm.create_model("formix_vit", base=name, design=design, features_only=True, **kwargs)
-    chosen = find_design(design)
+    chosen, checkpoint = find_design(design), kwargs.pop("checkpoint_path", "")
     asked, norm_eps = kwargs, kwargs.get("norm_eps")
     kwargs = {k: v for k, v in kwargs.items() if k not in ("norm_eps", "pos_antialias")}
     probe = _probe(name, kwargs)
@@ -226,6 +226,8 @@ def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool 
                 module.eps = norm_eps
     if pretrained:
         _carry_over(timm.create_model(name, pretrained=True, **kwargs), model)
+    if checkpoint:
+        load_checkpoint(model, checkpoint)  # of this design, when its blocks are there
     return model
 
 
@@ -250,7 +252,7 @@ def _probe(name: str, kwargs: dict[str, Any]) -> Any:
         raise ValueError("block_fn and attn_layer are what the design decides; leave them out.")
     check_sizes(kwargs)
     try:
-        probe: Any = timm.create_model(name, **{**kwargs, "checkpoint_path": "", "device": "meta"})
+        probe: Any = timm.create_model(name, **{**kwargs, "device": "meta"})
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"timm cannot build {name!r} with {kwargs}: {reason}") from None
