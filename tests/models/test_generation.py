@@ -70,6 +70,17 @@ def test_greedy_equals_full_forward(family: str, design: formix.Design) -> None:
         assert_same_logits(result, logits)
 
 
+@pytest.mark.parametrize("design", ["relu", "relu+paf+skip"])
+@torch.no_grad()
+def test_the_first_layers_draft_for_all_of_them(design: str) -> None:
+    """Llama's self-speculation, `assistant_early_exit`; transformers' GPT-2 has none."""
+    model, ids = small("llama", design).double(), tokens(1, 7)
+    expected, logits = greedy_by_full_forward(model, ids, 6)
+    result = generate(model, ids, do_sample=False, assistant_early_exit=2)
+    assert torch.equal(result.sequences, expected)
+    assert_same_logits(result, logits)
+
+
 @both
 @every
 @torch.no_grad()

@@ -248,7 +248,15 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
             for kind in make
         )
         rotation = self.rotary_emb(x, position_ids=position_ids)
-        x = run_layers(self.layers, self.layer_designs, x, (full, window), rotation, past_key_values=past_key_values)
+        depth = self.config.num_hidden_layers  # fewer while generate(assistant_early_exit=...) drafts
+        x = run_layers(
+            self.layers[:depth],
+            self.layer_designs[:depth],
+            x,
+            (full, window),
+            rotation,
+            past_key_values=past_key_values,
+        )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), **{CACHE: past_key_values if use_cache else None}
         )
