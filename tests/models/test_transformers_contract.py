@@ -7,7 +7,15 @@ import copy
 import pytest
 import torch
 from text_families import DECODERS, SMALL, VOCABULARY, small, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import formix
 from formix.models.text import FAMILIES
@@ -193,6 +201,15 @@ def test_regression(family: str) -> None:
     target = torch.tensor([0.3, -1.2])
     output = model(**inputs(""), labels=target)
     torch.testing.assert_close(output.loss, torch.nn.functional.mse_loss(output.logits[:, 0], target))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_trainer_shifts_the_labels_that_it_smooths(family: str, tmp_path) -> None:
+    model = small(family, "relu")
+    settings = TrainingArguments(str(tmp_path), label_smoothing_factor=1e-9, use_cpu=True, report_to=[])
+    inputs = {"input_ids": tokens(2, 7), "labels": tokens(2, 7)}
+    expected = model(**inputs).loss
+    torch.testing.assert_close(Trainer(model, settings).compute_loss(model, inputs), expected)
 
 
 @family_

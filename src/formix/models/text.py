@@ -289,8 +289,12 @@ def _class_for(family: str, task: str) -> Any:
 
 
 def _register() -> None:
-    """Make transformers' Auto classes know formix's model types; runs when this module has been imported."""
+    """Make transformers' Auto classes know formix's model types; runs when this module has been imported.
+
+    `Trainer` looks for a class's name among those of language models to shift the labels that it smooths.
+    """
     import transformers as hf
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     autos = {
         "causal-lm": hf.AutoModelForCausalLM,
@@ -305,6 +309,8 @@ def _register() -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for task, model_class in classes.items():
             autos[task].register(config_class, model_class, exist_ok=True)
+        if "causal-lm" in classes:
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = classes["causal-lm"].__name__
 
 
 _register()
