@@ -1,12 +1,14 @@
 """Vision Transformers on timm's trunk: timm's own numbers and methods, and every design in their place."""
 
 import copy
+from functools import partial
 
 import pytest
 import timm
 import torch
 from oracles import close
 from timm.layers import Mlp
+from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
@@ -291,6 +293,21 @@ def test_checkpoint_path_reads_every_weight(name, tmp_path):
     x = image_for(model)
     close(again(x), model(x), 1e-6)
     close(formix.load(tmp_path / "saved").eval()(x), model(x), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "make", [formix.create_model, partial(timm.create_model, "formix_vit")], ids=["formix", "timm"]
+)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_relpos_small_patch16_224"])
+def test_what_timm_saves_comes_back_in_its_design(make, name, tmp_path):
+    """`save_for_hf`, which `push_to_hf_hub` calls: never as the softmax model."""
+    named = {"name": name} if make is formix.create_model else {"base": name}
+    model = make(**named, design="relu", img_size=32, depth=2, init_values=1.0).eval()
+    model.reset_classifier(5)
+    save_for_hf(model, tmp_path, safe_serialization="both")
+    x = image_for(model)
+    close(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x), 1e-6)
+    close(formix.load(tmp_path)(x), model(x), 1e-6)
 
 
 def test_same_seed_same_weights_and_initialisation_is_timm_s():

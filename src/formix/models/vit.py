@@ -216,8 +216,10 @@ def create_vit(name: str, design: str | Design = "softmax", *, pretrained: bool 
         model = timm.create_model(name, **kwargs)
         own_blocks.convert(model, kind, chosen)
     model.design, model.base = chosen, name
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (model.in_chans, *model.patch_embed.img_size)}
     model.arguments = {k: v for k, v in asked.items() if k not in RUNTIME_ARGUMENTS}
+    size = (model.in_chans, *model.patch_embed.img_size)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size, "architecture": "formix_vit"}
+    model._model_args = {"base": name, "design": chosen.to_dict(), **model.arguments}  # for timm's save_for_hf
     if "pos_antialias" in asked:
         model.pos_antialias = asked["pos_antialias"]
     if norm_eps is not None:
@@ -298,6 +300,8 @@ def build_for_timm(pretrained: bool = False, **kwargs: Any) -> FormixVisionTrans
         pretrained_filter_fn=lambda state, model: model.adapt_checkpoint(state),
         **kwargs,
     )
+    if not features:
+        model.pretrained_cfg["architecture"] = "formix_vit"  # what timm's save_for_hf makes it again by, not the base's
     if pretrained and not features:
         remember_record(model, model.pretrained_cfg.get("file"))
     return model
