@@ -210,6 +210,14 @@ def test_older_names_prefixes_and_bfloat16():
     assert torch.equal(loaded.head.bias.detach(), bias.double())
 
 
+def test_what_timm_saves_comes_back(tmp_path):
+    model = timm.create_model("relu_vit_small_patch16_224", rep_size=True, **SMALL | {"depth": 1}).eval()
+    torch.nn.init.normal_(model.head.weight)
+    timm.models.save_for_hf(model, tmp_path)
+    x = torch.randn(2, 3, *model.patch_embed.img_size)
+    close(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x), 1e-6)
+
+
 def test_timm_s_checkpoint_path_reads_every_weight(tmp_path):
     """timm hands npz files to the model; its own reader would leave out the norms of queries and keys and the gate."""
     size = SMALL | {"depth": 1}

@@ -110,6 +110,7 @@ def build(
     width = model.embed_dim
     model.pre_logits = nn.Linear(width, width, device=like.device, dtype=like.dtype) if rep_size else None
     model.remember(name, {k: v for k, v in given.items() if k not in _MIXER_OPTIONS}, chosen)
+    model._model_args = {}  # not the trunk's: timm's factory keeps those of this name, for its save_for_hf
     if arguments.get("weight_init") != "skip":
         initialize(model, head_bias=head_bias, head_zero_init=head_zero_init)
     return model
