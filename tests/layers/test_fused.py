@@ -186,6 +186,49 @@ def test_a_parametrised_weight_is_not_bypassed():
         close(block(x), unfused(block)(x), 1e-6)
 
 
+class Quantised(torch.Tensor):
+    """A weight that multiplies and does nothing else, as torchao's: int8 rows with a scale each."""
+
+    @staticmethod
+    def __new__(cls, rows, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, rows.shape, dtype=scale.dtype, device=rows.device)
+
+    def __init__(self, rows, scale):
+        self.rows, self.scale = rows, scale
+
+    def __tensor_flatten__(self):
+        return ["rows", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, meta, size, stride):
+        return Quantised(parts["rows"], parts["scale"])
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, w, b = args
+            return nn.functional.linear(x, w.rows.to(x.dtype) * w.scale, b)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Quantised(args[0].rows, args[0].scale)
+        raise NotImplementedError(f"{func} of quantised weights")
+
+
+def test_quantised_weights_are_not_joined():
+    block = block_of().eval()
+    x = torch.randn(2, 7, DIM)
+    with torch.no_grad():
+        before = block(x)
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            scale = linear.weight.abs().amax(1, keepdim=True) / 127
+            rows = (linear.weight / scale).round().to(torch.int8)
+            linear.weight = nn.Parameter(Quantised(rows, scale), requires_grad=False)
+        close(block(x), before, 0.05)
+
+
 def test_a_replaced_part_is_not_bypassed():
     class Other(Attention):
         def forward(self, x, *args, **kwargs):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from formix.layers.attention import Attention, KeyValue
 
@@ -48,6 +49,8 @@ class FusedParallel:
         bypassed = (*linears, attn, attn.proj_drop, mlp, mlp.drop1, mlp.drop2, block.ls1, block.ls2)
         if any(type(m) is not nn.Linear for m in linears) or any(_hooked(m) for m in bypassed):
             return False
+        if any(is_traceable_wrapper_subclass(m.weight) for m in linears):
+            return False  # quantised weights, as torchao's, multiply and cannot be joined
         # each part's own mode: for Monte Carlo dropout the dropouts of an evaluated model are put in training mode
         drops = (attn.proj_drop, mlp.drop1, mlp.drop2)
         paths = (block.drop_path1, block.drop_path2)
