@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,9 +10,10 @@ import pytest
 import timm
 
 import formix
-from formix.cli import USAGE, main
+from formix.cli import USAGE, VERBS, main
 from formix.data.glue import train_wordpiece
 from formix.data.text import load_tokenizer
+from formix.training.signals import Interrupted
 
 SMALL = [
     "--designs=softmax,relu", "--seeds=1", "--epochs=1", "--limit=64", "--precision=float32", "--latency=false",
@@ -351,3 +353,14 @@ def test_help_explains_every_flag(verb, capsys, monkeypatch):
     assert len(entries) >= 2
     silent = [entry for entry in entries if not re.sub(r"^\S+ \S+(, --\S+ \S+)*", "", entry).strip()]
     assert silent == []
+
+
+@pytest.mark.parametrize(("process", "saying"), [("0", 1), ("1", 0)])
+def test_of_the_processes_that_a_signal_ends_the_first_says_what_is_saved(monkeypatch, capsys, process, saying):
+    def ended(arguments):
+        raise Interrupted(signal.SIGTERM, "step 5 is saved")
+
+    monkeypatch.setenv("RANK", process)
+    monkeypatch.setitem(VERBS, "train", ended)
+    assert main(["train"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.count("ended by SIGTERM; step 5 is saved") == saying

@@ -86,8 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
         return _fail(named.rstrip(".") + ".")
     except KeyboardInterrupt as interrupt:
-        number = getattr(interrupt, "number", signal.SIGINT)  # a training run says which signal and what it saved
-        print(f"formix: {str(interrupt) or 'interrupted'}; the same command goes on from here.", file=sys.stderr)
+        number = getattr(interrupt, "number", signal.SIGINT)
+        saved = str(interrupt)  # a training run says which signal ended it and what it saved, alike in all processes
+        if first or not saved:
+            print(f"formix: {saved or 'interrupted'}; the same command goes on from here.", file=sys.stderr)
         return 128 + number
 
 

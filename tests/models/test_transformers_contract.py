@@ -177,8 +177,9 @@ def test_attention_weights_and_cross_attention_are_refused_not_left_out(family: 
     with pytest.raises(ValueError, match="output_attentions"):
         small(family, "softmax")(tokens(1, 5), output_attentions=True)
     asked = small(family, "softmax", output_attentions=True)
-    with pytest.raises(ValueError, match="output_attentions"):
-        asked(tokens(1, 5))
+    for unsaid in ({}, {"output_attentions": None}):
+        with pytest.raises(ValueError, match="output_attentions"):
+            asked(tokens(1, 5), **unsaid)
     assert "attentions" not in asked(tokens(1, 5), output_attentions=False)
     with pytest.raises(ValueError, match="encoder_hidden_states"):
         small(family, "softmax")(tokens(1, 5), encoder_hidden_states=torch.zeros(1, 3, 32))

@@ -261,7 +261,8 @@ def check_inputs(
     arguments or the config, or to read an encoder's output."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
-    if kwargs.get("output_attentions", config.output_attentions):
+    asked = kwargs.get("output_attentions")
+    if config.output_attentions if asked is None else asked:
         raise ValueError(
             "output_attentions is True, but formix never forms the matrix of attention weights: leave it False, in the "
             "config too."
