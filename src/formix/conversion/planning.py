@@ -76,8 +76,8 @@ class Plan:
         before, after = self.parameters
         lines += ["", f"  parameters  {before:,} -> {after:,}"]
         if self.flops[1] is not None:
-            ops = "not counted" if self.flops[0] is None else f"{self.flops[0] / 1e9:.3f} G"
-            lines += [f"  operations  {ops} -> {self.flops[1] / 1e9:.3f} G for {self.input}"]
+            ops = "not counted" if self.flops[0] is None else f"{self.flops[0]:,}"
+            lines += [f"  operations  {ops} -> {self.flops[1]:,} for {self.input}"]
         return "\n".join(lines)
 
 
