@@ -68,13 +68,33 @@ def test_a_directory_keeps_its_sizes_and_gets_the_outputs_of_the_task(tmp_path):
     (tmp_path / "CoLA").mkdir()
     (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\twords {i}\n" for i in range(20)))
     (tmp_path / "CoLA" / "dev.tsv").write_text("x\t1\t\twords\n")
-    model = build_model(load_data(f"glue:{tmp_path / 'CoLA'}"), str(tmp_path / "bert"), {}, "paf")
+    model = build_model(load_data(f"glue:{tmp_path / 'CoLA'}", sequence_length=77), str(tmp_path / "bert"), {}, "paf")
     assert (model.config.num_labels, model.config.vocab_size, model.config.max_position_embeddings) == (2, 40, 77)
     assert model.config.design == formix.design("paf").to_dict()
     assert {p.dtype for p in model.parameters()} == {torch.float32}  # trained in full precision
     (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\tword{chr(97 + i)}\n" for i in range(20)))
     with pytest.raises(ValueError, match="knows 40 tokens"):
-        build_model(load_data(f"glue:{tmp_path / 'CoLA'}"), str(tmp_path / "bert"), {}, "paf")
+        build_model(load_data(f"glue:{tmp_path / 'CoLA'}", sequence_length=77), str(tmp_path / "bert"), {}, "paf")
+
+
+def test_a_directory_that_cannot_read_the_data_is_refused(tmp_path):
+    """Of fewer positions than the data's windows and sentences have tokens, or of the other kind."""
+    (tmp_path / "a.txt").write_text("abc def " * 400)
+    (tmp_path / "CoLA").mkdir()
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / "CoLA" / file).write_text("".join(f"x\t{i % 2}\t\twords {i}\n" for i in range(20)))
+    text = load_data(f"text:{tmp_path / 'a.txt'}", sequence_length=16)
+    sentences, images = load_data(f"glue:{tmp_path / 'CoLA'}", sequence_length=16), load_data("digits", limit=20)
+    bert = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 12}
+    formix.save(formix.create_model("gpt2-nano", n_positions=12), tmp_path / "gpt2")
+    formix.save(formix.create_model("bert-tiny", **bert), tmp_path / "bert")
+    formix.save(formix.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, depth=1), tmp_path / "vit")
+    for name, data in (("gpt2", text), ("bert", sentences), ("bert", masked_lm(text))):
+        with pytest.raises(ValueError, match=r"sequence_length is 16; this .* has 12 positions"):
+            build_model(data, str(tmp_path / name), {}, None)
+    for name, data, kind in (("gpt2", images, "text"), ("bert", images, "text"), ("vit", text, "images")):
+        with pytest.raises(ValueError, match=f"{name} reads {kind}, which {data.name!r} is not"):
+            build_model(data, str(tmp_path / name), {}, None)
 
 
 @pytest.mark.parametrize("classes", [0, 3, 10])

@@ -8,8 +8,10 @@ from typing import Any
 from formix import create_model
 from formix.data import Data
 from formix.data.masking import BYTE_PAD
+from formix.evaluation.suitable import wrong_kind
+from formix.models.directory import read_config
 from formix.models.image import image_size
-from formix.models.text import SIZES
+from formix.models.text import SIZES, check_length
 
 IMAGE_MODEL = "vit_tiny_patch16_224"
 
@@ -55,11 +57,16 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
         raise ValueError(f"{base} is no model of text, and {data.name!r} is {data.task}; there are {', '.join(SIZES)}.")
     decided = data_arguments(data, SIZES[base][0] if base in SIZES else None)
     if Path(base, "config.json").is_file():  # a directory brings its own sizes, and only the output is the task's
+        if images == ("vocab_size" in read_config(Path(base))):
+            raise wrong_kind(base, data.name, text=images)
         decided = {key: decided[key] for key in ("num_classes", "num_labels") if key in decided}
         if data.task != "image-classification":
             decided["task"] = data.task.replace("regression", "classification")
     model = create_model(base, design=design, **{**defaults, **decided, **arguments})
     check_images(model, data, base)
+    if not images:
+        assert data.sequence_length is not None
+        check_length(model, data.sequence_length)
     known = getattr(getattr(model, "config", None), "vocab_size", None)
     if known is not None and data.vocab_size is not None and known < data.vocab_size:
         raise ValueError(

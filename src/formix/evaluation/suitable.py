@@ -21,7 +21,12 @@ def check_kind(model: Any, source: str, name: str) -> None:
     """
     text = hasattr(getattr(model, "config", None), "vocab_size")
     if source.partition(":")[0] in (IMAGES if text else TEXTS):
-        raise ValueError(f"{name} reads {'text' if text else 'images'}, which {source!r} is not.")
+        raise wrong_kind(name, source, text=text)
+
+
+def wrong_kind(name: str, source: str, *, text: bool) -> ValueError:
+    """That a model reads text, or else images, which the data are not."""
+    return ValueError(f"{name} reads {'text' if text else 'images'}, which {source!r} is not.")
 
 
 def check_vocabulary(model: Any, data: Data, name: str, *, own: bool) -> None:
