@@ -120,6 +120,13 @@ def test_the_provenance_has_the_statistics_that_images_are_read_with(digits):
     assert digits.provenance["normalisation"]["of"] == "pixels 0 to 255, training split"
 
 
+def test_grey_images_are_read_by_a_stock_model_of_one_channel(digits):
+    model = timm.create_model(
+        "vit_tiny_patch16_224", in_chans=1, img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2
+    )
+    assert 0.1 < linear_probe(model, digits) <= 1
+
+
 def test_what_cannot_be_probed_is_refused():
     with pytest.raises(ValueError, match="needs labelled images"):
         linear_probe(Brightness(1), load_data("stdlib", limit=20000))

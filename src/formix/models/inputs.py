@@ -23,7 +23,7 @@ def image_inputs(model: Any) -> dict[str, Any]:
         return _of_processor(getattr(model, "name_or_path", ""))
     cfg = dict(model.pretrained_cfg)
     found = {k: cfg[k] for k in FIELDS if cfg.get(k) is not None}
-    channels = found.get("input_size", (3,))[0]
+    channels = getattr(model, "in_chans", found.get("input_size", (3,))[0])  # timm's cfg has the name's own
     for statistic in {"mean", "std"} & found.keys():
         if len(values := found[statistic]) != channels:  # those of a name's three colours: their average
             found[statistic] = (sum(values) / len(values),) * channels
