@@ -59,6 +59,41 @@ def test_a_model_that_reads_any_size_keeps_that_of_its_source(tmp_path) -> None:
     assert images[0]["pixel_values"].shape == (3, 64, 64)
 
 
+def test_every_verb_takes_the_images_of_a_model_that_reads_any_size_so(tmp_path, capsys) -> None:
+    """DINOv2's positions are of another size than the images that it is used with."""
+    from formix.cli import main
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
+    model = formix.create_model("vit_tiny_patch16_224", num_classes=10, dynamic_img_size=True, **sizes)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (1, 24, 24)}
+    formix.save(model, tmp_path / "model")
+    assert load_recovery_data(model, Recovery(data="digits"))[0].img_size == (24, 24)
+    for verb in (["eval"], ["analyze", "--batches=1", "--batch-size=2"]):
+        command = [*verb, f"--model={tmp_path / 'model'}", "--data=digits"]
+        for size, status in ((["--img-size=8"], 0), (["--img-size=12"], 2), ([], 0)):
+            capsys.readouterr()
+            assert main([*command, *size]) == status
+            said = capsys.readouterr()
+            assert ("img_size is 12 x 12; it must be a multiple of " in said.err) == (status == 2)
+    assert "2 sequences, 20 tokens" in said.out  # of 3 x 3 patches and a class token
+    with pytest.raises(ValueError, match="img_size is 12 x 12; it must be a multiple of The model's patches, 8 x 8"):
+        load_recovery_data(model, Recovery(data="digits", img_size=12))
+
+
+def test_recovery_reads_images_that_are_no_square(tmp_path, capsys) -> None:
+    from formix.cli import main
+
+    sizes = {"img_size": (16, 8), "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    formix.save(formix.create_model("vit_tiny_patch16_224", num_classes=2, **sizes), tmp_path / "model")
+    for i in range(10):
+        Image.fromarray(np.full((16, 8, 3), 20 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    recovery = json.dumps({"stages": "match:1steps", "evaluations": 1})
+    command = ["convert", str(tmp_path / "model"), "--design=relu", f"--out={tmp_path / 'out'}"]
+    assert main([*command, f"--recover=folder:{tmp_path}", f"--recovery={recovery}"]) == 0
+    assert main([*command, "--recover=digits", f"--recovery={recovery}"]) == 2
+    assert "takes images of 3 x 16 x 8, and those of 'digits' are 3 x 8 x 8" in capsys.readouterr().err
+
+
 def test_of_a_tag_of_timm_s() -> None:
     source = timm.create_model("vit_small_patch16_224.dino", depth=1)
     assert config_of(formix.convert(source, "relu")) == config_of(source)

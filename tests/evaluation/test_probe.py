@@ -128,6 +128,8 @@ def test_grey_images_are_read_by_a_stock_model_of_one_channel(digits):
 
 
 def test_what_cannot_be_probed_is_refused():
+    with pytest.raises(ValueError, match=r"The model takes images of 3 x 16 x 16, and those of 'digits' are 3 x 8 x 8"):
+        linear_probe(small_vit(), load_data("digits"))
     with pytest.raises(ValueError, match="needs labelled images"):
         linear_probe(Brightness(1), load_data("stdlib", limit=20000))
     two_channels = load_data("digits").train.normalised([0.5, 0.5], [0.5, 0.5])

@@ -56,12 +56,10 @@ def _data(config: AnalyzeConfig, model: Any) -> Data:
     Raises:
         ValueError: data of another kind, or with more words than the model.
     """
-    from formix.comparison.models import check_images
     from formix.data import load_data
     from formix.data.text import own_tokenizer
     from formix.evaluation.probe import as_trained
-    from formix.evaluation.suitable import check_kind, check_vocabulary
-    from formix.models.image import image_size
+    from formix.evaluation.suitable import check_images, check_kind, check_vocabulary, image_side
     from formix.models.text import check_length
 
     name = f"The model in {config.model}"
@@ -72,8 +70,6 @@ def _data(config: AnalyzeConfig, model: Any) -> Data:
         data = load_data(config.data, sequence_length=config.sequence_length, tokenizer=tokenizer)
         check_vocabulary(model, data, name, own=tokenizer is not None)
         return data
-    height, width = image_size(model) or (None, None)
-    data = load_data(config.data, img_size=config.img_size or (height if height == width else None))
-    data = as_trained(model, data)
-    check_images(model, data, config.model)
+    data = as_trained(model, load_data(config.data, img_size=config.img_size or image_side(model)))
+    check_images(model, data, name)
     return data

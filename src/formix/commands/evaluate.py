@@ -91,8 +91,7 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
     """
     from formix.data import TEXTS
     from formix.data.text import own_tokenizer
-    from formix.evaluation.suitable import check_kind
-    from formix.models.image import image_size
+    from formix.evaluation.suitable import check_kind, image_side
     from formix.models.text import check_length, task_of
     from formix.training.job import JobConfig
 
@@ -100,12 +99,12 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
     asked = {k: v for k, v in dataclasses.asdict(config).items() if k in fields and v is not None}
     same = config.data in (None, trained.get("data"))
     settings = {k: v for k, v in trained.items() if k in fields and (same or k in READING)} | asked
-    source, task, size = settings["data"].partition(":")[0], task_of(model), image_size(model)
+    source, task = settings["data"].partition(":")[0], task_of(model)
     check_kind(model, settings["data"], f"The model in {config.model}")
     if task == "masked-lm":
         settings.setdefault("task", task)
-    elif task == "image-classification" and size is not None and size[0] == size[1] and not same:
-        settings.setdefault("img_size", size[0])
+    elif task == "image-classification" and not same:
+        settings.setdefault("img_size", image_side(model))
     changed = [name for name in WORDS if settings.get(name) != trained.get(name)]
     of_sentences = source == "glue" and bool(trained) and settings.get("tokenizer") is None
     if source in TEXTS and (not trained or (of_sentences and changed)):
@@ -135,12 +134,12 @@ def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
 
 def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
     """ValueError where the model's input or output is not what the data give and ask for."""
-    from formix.comparison.models import check_images
-    from formix.evaluation.suitable import check_labels, check_vocabulary
+    from formix.evaluation.suitable import check_images, check_labels, check_vocabulary
     from formix.models.text import task_of
 
     name = f"The model in {directory}"
-    check_images(model, data, directory)
+    if data.task == "image-classification":
+        check_images(model, data, name)
     check_labels(model, data, name)
     if task_of(model) != "image-classification":
         check_vocabulary(model, data, name, own=own_vocabulary)

@@ -8,9 +8,8 @@ from typing import Any
 from formix import create_model
 from formix.data import Data
 from formix.data.masking import BYTE_PAD
-from formix.evaluation.suitable import wrong_kind
+from formix.evaluation.suitable import check_images, wrong_kind
 from formix.models.directory import read_config
-from formix.models.image import image_size
 from formix.models.text import SIZES, check_length
 
 IMAGE_MODEL = "vit_tiny_patch16_224"
@@ -63,8 +62,9 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
         if data.task != "image-classification":
             decided["task"] = data.task.replace("regression", "classification")
     model = create_model(base, design=design, **{**defaults, **decided, **arguments})
-    check_images(model, data, base)
-    if not images:
+    if images:
+        check_images(model, data, base)
+    else:
         assert data.sequence_length is not None
         check_length(model, data.sequence_length)
     known = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -73,21 +73,6 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
             f"{base} knows {known} tokens and {data.name!r} has {data.vocab_size}; give the model's own --tokenizer."
         )
     return model.float()  # what a directory has in half precision, too: there the optimiser's small steps are lost
-
-
-def check_images(model: Any, data: Data, name: str | Path) -> None:
-    """Raise `ValueError` for a model of images of another size or other channels than the data's."""
-    if data.task != "image-classification":
-        return
-    assert data.img_size is not None
-    height, width = image_size(model) or data.img_size
-    config = getattr(model, "config", None)  # transformers' models have their channels there
-    channels = getattr(model, "in_chans", getattr(config, "num_channels", data.in_chans))
-    if (channels, height, width) != (data.in_chans, *data.img_size):
-        raise ValueError(
-            f"{name} takes images of {channels} x {height} x {width}, and those of {data.name!r} are "
-            f"{' x '.join(map(str, (data.in_chans, *data.img_size)))}; --img-size scales them, channels must agree."
-        )
 
 
 def check_arguments(data: Data, arguments: dict[str, Any]) -> None:

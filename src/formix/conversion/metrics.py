@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from formix.conversion.pipeline import image_side
 from formix.data import OnBadSample, load_data
+from formix.evaluation.suitable import image_side
 
 
 def metrics_for(
@@ -41,7 +41,7 @@ def metrics_for(
     for place in probe.split("+") if probe else ():
         images = functools.cache(functools.partial(load_data, place, on_bad_sample=on_bad_sample))
         metrics[f"probe {Path(place.partition(':')[2]).stem or place}"] = lambda model, load=images: (  # type: ignore[misc]
-            evaluation.linear_probe(model, load(img_size=image_side(model, img_size)))
+            evaluation.linear_probe(model, load(img_size=img_size or image_side(model)))
         )
     if perplexity is not None:
         text = load_data(perplexity, tokenizer=str(tokenizer), sequence_length=sequence_length)

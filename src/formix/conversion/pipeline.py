@@ -25,8 +25,7 @@ from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.text import load_tokenizer, own_tokenizer, vocabulary_size
 from formix.evaluation.probe import normalised_for
-from formix.evaluation.suitable import check_kind, check_labels
-from formix.models.image import image_size
+from formix.evaluation.suitable import check_images, check_kind, check_labels, image_side
 from formix.training.parallel import start
 
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
@@ -148,34 +147,18 @@ def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
     return recovery.tokenizer
 
 
-def image_side(model: Any, asked: int | None) -> int:
-    """The side of the images that a model reads: the one asked for, or its own.
-
-    Raises:
-        ValueError: a side that the model does not read.
-    """
-    own: Any = image_size(model)
-    free = getattr(model, "dynamic_img_size", False)
-    size = asked or (model.pretrained_cfg["input_size"][-1] if free else own[0])
-    patch = model.patch_embed.patch_size
-    patch = patch if isinstance(patch, int) else patch[0]
-    if not free and (size, size) != own:
-        raise ValueError(f"img_size is {size}; this model reads images of {own[0]} x {own[1]} alone.")
-    if size % patch:
-        raise ValueError(f"img_size is {size}; it must be a multiple of the model's patch, {patch}.")
-    return size
-
-
 def _images(model: Any, recovery: Recovery) -> Data:
     data = load_data(
         recovery.data,
-        img_size=image_side(model, recovery.img_size),
+        img_size=recovery.img_size or image_side(model),
         seed=recovery.seed,
         limit=recovery.limit,
         on_bad_sample=recovery.on_bad_sample,
         labelled=recovery.labelled,
     )
-    return normalised_for(model, data)
+    data = normalised_for(model, data)
+    check_images(model, data, "The model")
+    return data
 
 
 def run(

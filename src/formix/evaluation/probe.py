@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from formix.data import Data, collate
 from formix.data.base import SPLITS
 from formix.data.images import ImageDataset
+from formix.evaluation.suitable import check_images
 from formix.models.inputs import image_inputs, knows_statistics
 from formix.models.modes import evaluating
 from formix.training.acceleration import autocast_dtype
@@ -36,7 +37,7 @@ def linear_probe(
         precision: of the features, as in training: "auto", "float32" or "bfloat16".
 
     Raises:
-        ValueError: data of another task, or images that do not fit the model's channels.
+        ValueError: data of another task, or images of another size or other channels than the model's.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -44,6 +45,7 @@ def linear_probe(
     if data.task != "image-classification":
         raise ValueError(f"A linear probe needs labelled images; {data.name!r} is data for {data.task}.")
     data = normalised_for(model, data)
+    check_images(model, data, "The model")
     features: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     for split in SPLITS:

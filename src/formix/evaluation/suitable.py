@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from formix.data import IMAGES, TEXTS, Data
+from formix.models.image import image_size
 from formix.models.inputs import label_names
 from formix.models.text import task_of
 
@@ -43,6 +44,41 @@ def check_vocabulary(model: Any, data: Data, name: str, *, own: bool) -> None:
             f"{name} knows {has} tokens and {data.name!r} has {needs}; give the tokenizer that it was trained with as "
             "--tokenizer."
         )
+
+
+def image_side(model: Any) -> int | None:
+    """The side of the square that a model's images are scaled to where nobody asks for another; None: they are taken
+    as they are."""
+    if getattr(model, "dynamic_img_size", False):
+        return model.pretrained_cfg["input_size"][-1]
+    height, width = image_size(model) or (None, None)
+    return height if height == width else None
+
+
+def check_images(model: Any, data: Data, name: str) -> None:
+    """Raise `ValueError` for images of another size or other channels than a model reads.
+
+    Args:
+        model: formix's, timm's or transformers'.
+        name: what the model is called in the sentence.
+    """
+    assert data.img_size is not None
+    free = getattr(model, "dynamic_img_size", False)
+    size = (None if free else image_size(model)) or data.img_size
+    config = getattr(model, "config", None)  # transformers' models have their channels there
+    channels = getattr(model, "in_chans", getattr(config, "num_channels", data.in_chans))
+    if (channels, *size) != (data.in_chans, *data.img_size):
+        raise ValueError(
+            f"{name} takes images of {_times(channels, *size)}, and those of {data.name!r} are "
+            f"{_times(data.in_chans, *data.img_size)}; img_size scales them, channels must agree."
+        )
+    patch = model.patch_embed.patch_size if free and not model.patch_embed.dynamic_img_pad else (1, 1)
+    if any(side % part for side, part in zip(size, patch, strict=True)):
+        raise ValueError(f"img_size is {_times(*size)}; it must be a multiple of {name}'s patches, {_times(*patch)}.")
+
+
+def _times(*sizes: Any) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def check_labels(model: Any, data: Data, name: str) -> None:
