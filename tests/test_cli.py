@@ -147,6 +147,10 @@ def test_analyze_reads_data_as_the_model_does(tmp_path, capsys):
     shutil.copytree(elsewhere, own, dirs_exist_ok=True)
     assert main(command) == 0
     assert capsys.readouterr().out == named
+    train_wordpiece([text.read_text()[::-1]]).save_pretrained(tmp_path / "other")
+    for wrong in (command, ["predict", str(own), "--text=the cat"]):
+        assert main([*wrong, f"--tokenizer={tmp_path / 'other'}"]) == 2
+        assert f"in the model's own, in '{own}', it is" in capsys.readouterr().err
     source = timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY)
     formix.save(formix.convert(source, "relu"), tmp_path / "vit")
     assert main(["analyze", str(tmp_path / "vit"), "--data=digits", "--batches=1"]) == 0

@@ -1,9 +1,12 @@
+import contextlib
+
 import pytest
 import torch
 
 import formix
 from formix.comparison.models import build_model, default_model, patch_size
 from formix.data import load_data
+from formix.data.glue import train_wordpiece
 from formix.data.masking import masked_lm
 from formix.training import forward
 
@@ -75,6 +78,22 @@ def test_a_directory_keeps_its_sizes_and_gets_the_outputs_of_the_task(tmp_path):
     (tmp_path / "CoLA" / "train.tsv").write_text("".join(f"x\t{i % 2}\t\tword{chr(97 + i)}\n" for i in range(20)))
     with pytest.raises(ValueError, match="knows 40 tokens"):
         build_model(load_data(f"glue:{tmp_path / 'CoLA'}", sequence_length=77), str(tmp_path / "bert"), {}, "paf")
+
+
+def test_a_directory_is_trained_in_the_tokens_that_it_knows(tmp_path):
+    """Its weights know each word by its number; as many words of other numbers would be noise to them."""
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 400)
+    words = train_wordpiece(["the cat sat on the mat."])
+    words.save_pretrained(tmp_path / "words")
+    train_wordpiece([".tam eht no tas tac eht"]).save_pretrained(tmp_path / "other")
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2}
+    formix.save(formix.create_model("llama-nano", **sizes, num_key_value_heads=2), tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    for tokenizer, fits in (("words", True), ("model", True), ("other", False), (None, False)):
+        place = tokenizer and str(tmp_path / tokenizer)
+        data = load_data(f"text:{tmp_path / 'a.txt'}", sequence_length=16, tokenizer=place)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="in the model's own, in"):
+            build_model(data, str(tmp_path / "model"), {}, None)
 
 
 def test_a_directory_that_cannot_read_the_data_is_refused(tmp_path):

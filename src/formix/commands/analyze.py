@@ -57,16 +57,15 @@ def _data(config: AnalyzeConfig, model: Any) -> Data:
         ValueError: data of another kind, or with more words than the model.
     """
     from formix.data import load_data
-    from formix.data.text import own_tokenizer
     from formix.evaluation.probe import as_trained
-    from formix.evaluation.suitable import check_images, check_kind, check_vocabulary, image_side
+    from formix.evaluation.suitable import check_images, check_kind, check_vocabulary, image_side, tokenizer_for
     from formix.models.text import check_length
 
     name = f"The model in {config.model}"
     check_kind(model, config.data, name)
     if hasattr(getattr(model, "config", None), "vocab_size"):
         check_length(model, config.sequence_length)
-        tokenizer = config.tokenizer or own_tokenizer(Path(config.model))
+        tokenizer = tokenizer_for(config.model, config.tokenizer)
         data = load_data(config.data, sequence_length=config.sequence_length, tokenizer=tokenizer)
         check_vocabulary(model, data, name, own=tokenizer is not None)
         return data

@@ -112,10 +112,11 @@ def _pictures(path: Path) -> list[EncodedImage]:
 
 
 def _of_texts(model: Any, config: PredictConfig, directory: Path) -> Iterator[Prediction]:
-    from formix.data.text import load_tokenizer, own_tokenizer
+    from formix.data.text import load_tokenizer
     from formix.evaluation.prediction import predict_texts
+    from formix.evaluation.suitable import tokenizer_for
 
-    place = config.tokenizer or own_tokenizer(directory)
+    place = tokenizer_for(directory, config.tokenizer)
     if place is None:
         raise ValueError(f"{directory} has no tokenizer; give the one that the model was trained with as --tokenizer.")
     tokenizer = load_tokenizer(place)

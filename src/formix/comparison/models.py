@@ -7,8 +7,10 @@ from typing import Any
 
 from formix import create_model
 from formix.data import Data
+from formix.data.byte_tokenizer import byte_tokenizer
 from formix.data.masking import BYTE_PAD
-from formix.evaluation.suitable import check_images, wrong_kind
+from formix.data.text import own_tokenizer
+from formix.evaluation.suitable import check_images, check_numbers, wrong_kind
 from formix.models.directory import read_config
 from formix.models.text import SIZES, check_length
 
@@ -67,6 +69,8 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
     else:
         assert data.sequence_length is not None
         check_length(model, data.sequence_length)
+        if (beside := own_tokenizer(Path(base))) is not None:
+            check_numbers(data.tokenizer or byte_tokenizer(masked=data.task == "masked-lm"), beside)
     known = getattr(getattr(model, "config", None), "vocab_size", None)
     if known is not None and data.vocab_size is not None and known < data.vocab_size:
         raise ValueError(

@@ -23,9 +23,9 @@ from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
-from formix.data.text import load_tokenizer, own_tokenizer, vocabulary_size
+from formix.data.text import load_tokenizer, vocabulary_size
 from formix.evaluation.probe import normalised_for
-from formix.evaluation.suitable import check_images, check_kind, check_labels, image_side
+from formix.evaluation.suitable import check_images, check_kind, check_labels, image_side, tokenizer_for
 from formix.training.parallel import start
 
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
@@ -131,20 +131,10 @@ def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
     Raises:
         ValueError: neither, or one with other words or numbers than the source's own.
     """
-    beside = None if source is None else own_tokenizer(Path(source))
-    if recovery.tokenizer is None:
-        if beside is None:
-            raise ValueError("tokenizer is missing; name the directory of the model's own.")
-        return beside
-    if beside is not None:
-        given, own = (load_tokenizer(place).get_vocab() for place in (recovery.tokenizer, beside))
-        if other := sorted((number, word) for word, number in given.items() if own.get(word) != number):
-            number, word = other[0]
-            raise ValueError(
-                f"tokenizer is {recovery.tokenizer!r}, in which {word!r} is token {number}; in the model's own, in "
-                f"{beside!r}, it is {own.get(word, 'none')}: leave tokenizer out."
-            )
-    return recovery.tokenizer
+    place = tokenizer_for(source, recovery.tokenizer)
+    if place is None:
+        raise ValueError("tokenizer is missing; name the directory of the model's own.")
+    return place
 
 
 def _images(model: Any, recovery: Recovery) -> Data:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from formix.data import IMAGES, TEXTS, Data
+from formix.data.text import load_tokenizer, own_tokenizer
 from formix.models.image import image_size
 from formix.models.inputs import label_names
 from formix.models.text import task_of
@@ -28,6 +30,31 @@ def check_kind(model: Any, source: str, name: str) -> None:
 def wrong_kind(name: str, source: str, *, text: bool) -> ValueError:
     """That a model reads text, or else images, which the data are not."""
     return ValueError(f"{name} reads {'text' if text else 'images'}, which {source!r} is not.")
+
+
+def tokenizer_for(directory: str | Path | None, asked: str | None) -> str | None:
+    """The directory of the tokenizer that a model's text is read with: the one asked for, or the one that lies beside
+    its weights in `directory`; None: neither.
+
+    Raises:
+        ValueError: the one asked for numbers words otherwise than the one beside the weights.
+    """
+    beside = None if directory is None else own_tokenizer(Path(directory))
+    if asked is not None and beside is not None:
+        check_numbers(load_tokenizer(asked), beside)
+    return asked or beside
+
+
+def check_numbers(tokenizer: Any, beside: str) -> None:
+    """Raise `ValueError` for a tokenizer with a word that the one beside a model numbers otherwise, or lacks."""
+    own = load_tokenizer(beside).get_vocab()
+    other = [(number, word) for word, number in tokenizer.get_vocab().items() if own.get(word) != number]
+    if other:
+        number, word = min(other)
+        raise ValueError(
+            f"The text is read with a tokenizer in which {word!r} is token {number}; in the model's own, in "
+            f"{beside!r}, it is {own.get(word, 'none')}: give that one as tokenizer."
+        )
 
 
 def check_vocabulary(model: Any, data: Data, name: str, *, own: bool) -> None:
