@@ -362,8 +362,10 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
         vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(90))])}
     )
     words.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has 95 tokens and this FormixBertForMaskedLM knows 60"):
-        load_recovery_data(formix.convert(make("bert"), "relu"), Recovery(data="text:x"), tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} 2 3 {i + 1} ." for i in range(12)))
+    text = f"text:{tmp_path / 'text.txt'}"
+    with pytest.raises(ValueError, match=r"The model knows 60 tokens and 'text:.*' has 95"):
+        load_recovery_data(formix.convert(make("bert"), "relu"), Recovery(data=text), tmp_path)
     with pytest.raises(ValueError, match="32 x 32"):
         load_recovery_data(formix.convert(make("vit"), "relu"), Recovery(data="digits", img_size=64))
     with pytest.raises(ValueError, match="multiple"):

@@ -24,8 +24,11 @@ def test_other_data_are_refused():
         perplexity(torch.nn.Linear(1, 1), load_data("digits"))
 
 
-def test_text_in_more_tokens_than_the_model_s_is_refused():
+def test_text_in_more_tokens_or_longer_windows_than_the_model_s_is_refused():
     data = load_data("stdlib", limit=20000, sequence_length=32, validation_fraction=0.002, test_fraction=0.002)
     model = formix.create_model("gpt2-nano", vocab_size=200, n_layer=1, n_embd=16, n_head=2)
-    with pytest.raises(ValueError, match="'stdlib' has 256 tokens and the model 200"):
+    with pytest.raises(ValueError, match="The model knows 200 tokens and 'stdlib' has 256"):
         perplexity(model, data)
+    short = formix.create_model("gpt2-nano", vocab_size=256, n_positions=16, n_layer=1, n_embd=16, n_head=2)
+    with pytest.raises(ValueError, match="sequence_length is 32; this FormixGPT2LMHeadModel has 16 positions"):
+        perplexity(short, data)

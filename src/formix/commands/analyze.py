@@ -54,21 +54,18 @@ def _data(config: AnalyzeConfig, model: Any) -> Data:
     """The data as the model reads them.
 
     Raises:
-        ValueError: data of another kind, or with more words than the model.
+        ValueError: data that the model cannot read.
     """
     from formix.data import load_data
     from formix.evaluation.probe import as_trained
-    from formix.evaluation.suitable import check_images, check_kind, check_vocabulary, image_side, tokenizer_for
-    from formix.models.text import check_length
+    from formix.evaluation.suitable import check_data, check_source, image_side, reads_text, tokenizer_for
 
-    name = f"The model in {config.model}"
-    check_kind(model, config.data, name)
-    if hasattr(getattr(model, "config", None), "vocab_size"):
-        check_length(model, config.sequence_length)
+    name, tokenizer = f"The model in {config.model}", None
+    check_source(model, config.data, name, sequence_length=config.sequence_length)
+    if reads_text(model):
         tokenizer = tokenizer_for(config.model, config.tokenizer)
         data = load_data(config.data, sequence_length=config.sequence_length, tokenizer=tokenizer)
-        check_vocabulary(model, data, name, own=tokenizer is not None)
-        return data
-    data = as_trained(model, load_data(config.data, img_size=config.img_size or image_side(model)))
-    check_images(model, data, name)
+    else:
+        data = as_trained(model, load_data(config.data, img_size=config.img_size or image_side(model)))
+    check_data(model, data, name, own=tokenizer is not None)
     return data

@@ -229,7 +229,9 @@ def _recovery(config: ConvertConfig) -> tuple[Any, str | None]:
 
 def _refuse_metrics(source: Any, config: ConvertConfig) -> None:
     """Raise `ValueError` for a measure, or a setting of recovery, of another kind of model."""
-    text = hasattr(getattr(source, "config", None), "vocab_size")
+    from formix.evaluation.suitable import reads_text
+
+    text = reads_text(source)
     setting, kind = ("img_size", "images") if text else ("tokenizer", "text")
     if config.recovery.get(setting) is not None:
         raise ValueError(

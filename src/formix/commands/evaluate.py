@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from formix.commands.arguments import parse_model
 
 if TYPE_CHECKING:
-    from formix.data import Data
     from formix.training.job import JobConfig
 
 # how a text model reads: as in its training, whatever the data
@@ -44,6 +43,7 @@ def evaluate(arguments: list[str]) -> int:
     """Print the metric of a trained model: formix eval DIR --data=NAME."""
     from formix import load
     from formix.evaluation.probe import as_trained
+    from formix.evaluation.suitable import check_data, check_labels
     from formix.training import evaluate as measure
     from formix.training.job import trained_model
     from formix.training.parallel import joined, process_count
@@ -62,7 +62,9 @@ def evaluate(arguments: list[str]) -> int:
         data = as_trained(model, data)
     if job.tokenizer is not None:
         _check_tokenizer(data.tokenizer, job.tokenizer, directory)
-    _check(model, data, directory, own_vocabulary=job.tokenizer is not None or "tokenizer" in trained)
+    name = f"The model in {directory}"
+    check_data(model, data, name, own=job.tokenizer is not None or "tokenizer" in trained)
+    check_labels(model, data, name)
     with joined():  # several processes share the work
         value = measure(model, data, config.split, batch_size=config.batch_size)
         first = process_count()[0] == 0
@@ -91,8 +93,8 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
     """
     from formix.data import TEXTS
     from formix.data.text import own_tokenizer
-    from formix.evaluation.suitable import check_kind, image_side
-    from formix.models.text import check_length, task_of
+    from formix.evaluation.suitable import check_source, image_side
+    from formix.models.text import task_of
     from formix.training.job import JobConfig
 
     fields = {f.name for f in dataclasses.fields(JobConfig)} - {"model"}
@@ -100,7 +102,8 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
     same = config.data in (None, trained.get("data"))
     settings = {k: v for k, v in trained.items() if k in fields and (same or k in READING)} | asked
     source, task = settings["data"].partition(":")[0], task_of(model)
-    check_kind(model, settings["data"], f"The model in {config.model}")
+    length = settings.get("sequence_length", JobConfig.sequence_length)
+    check_source(model, settings["data"], f"The model in {config.model}", sequence_length=length)
     if task == "masked-lm":
         settings.setdefault("task", task)
     elif task == "image-classification" and not same:
@@ -114,9 +117,7 @@ def _job(config: EvalConfig, trained: dict[str, Any], model: Any, directory: Pat
             f"The model in {config.model} was trained with a vocabulary of the sentences of {trained['data']!r}, "
             f"and another {changed[0]} makes another one; train it with a --tokenizer to use it elsewhere."
         )
-    job = JobConfig(**settings)
-    check_length(model, job.sequence_length)
-    return job
+    return JobConfig(**settings)
 
 
 def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
@@ -130,16 +131,3 @@ def _check_tokenizer(tokenizer: Any, place: str, directory: Path) -> None:
             f"The tokenizer in {place} is not the one in {directory}, which the model was trained with; give "
             f"--tokenizer={directory}."
         )
-
-
-def _check(model: Any, data: Data, directory: Path, *, own_vocabulary: bool) -> None:
-    """ValueError where the model's input or output is not what the data give and ask for."""
-    from formix.evaluation.suitable import check_images, check_labels, check_vocabulary
-    from formix.models.text import task_of
-
-    name = f"The model in {directory}"
-    if data.task == "image-classification":
-        check_images(model, data, name)
-    check_labels(model, data, name)
-    if task_of(model) != "image-classification":
-        check_vocabulary(model, data, name, own=own_vocabulary)

@@ -10,9 +10,9 @@ from formix.data import Data
 from formix.data.byte_tokenizer import byte_tokenizer
 from formix.data.masking import BYTE_PAD
 from formix.data.text import own_tokenizer
-from formix.evaluation.suitable import check_images, check_numbers, wrong_kind
+from formix.evaluation.suitable import check_data, check_numbers, wrong_kind
 from formix.models.directory import read_config
-from formix.models.text import SIZES, check_length
+from formix.models.text import SIZES
 
 IMAGE_MODEL = "vit_tiny_patch16_224"
 
@@ -64,18 +64,9 @@ def build_model(data: Data, name: str | None, arguments: dict[str, Any], design:
         if data.task != "image-classification":
             decided["task"] = data.task.replace("regression", "classification")
     model = create_model(base, design=design, **{**defaults, **decided, **arguments})
-    if images:
-        check_images(model, data, base)
-    else:
-        assert data.sequence_length is not None
-        check_length(model, data.sequence_length)
-        if (beside := own_tokenizer(Path(base))) is not None:
-            check_numbers(data.tokenizer or byte_tokenizer(masked=data.task == "masked-lm"), beside)
-    known = getattr(getattr(model, "config", None), "vocab_size", None)
-    if known is not None and data.vocab_size is not None and known < data.vocab_size:
-        raise ValueError(
-            f"{base} knows {known} tokens and {data.name!r} has {data.vocab_size}; give the model's own --tokenizer."
-        )
+    check_data(model, data, base)
+    if not images and (beside := own_tokenizer(Path(base))) is not None:
+        check_numbers(data.tokenizer or byte_tokenizer(masked=data.task == "masked-lm"), beside)
     return model.float()  # what a directory has in half precision, too: there the optimiser's small steps are lost
 
 

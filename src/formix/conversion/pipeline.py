@@ -23,9 +23,16 @@ from formix.conversion.recover import STAGES, Stage, recover, refuse_stages
 from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
-from formix.data.text import load_tokenizer, vocabulary_size
+from formix.data.text import load_tokenizer
 from formix.evaluation.probe import normalised_for
-from formix.evaluation.suitable import check_images, check_kind, check_labels, image_side, tokenizer_for
+from formix.evaluation.suitable import (
+    check_data,
+    check_labels,
+    check_source,
+    image_side,
+    reads_text,
+    tokenizer_for,
+)
 from formix.training.parallel import start
 
 ERROR_BATCHES = 8  # held-out batches on which the match error is reported
@@ -87,42 +94,44 @@ def load_recovery_data(model: Any, recovery: Recovery, source: str | Path | None
     Raises:
         ValueError: words, positions, channels or image sizes that the model does not have.
     """
-    from formix.models.text import check_length, check_tokens
-
-    check_kind(model, recovery.data, "The model")
-    if not hasattr(model, "config"):
-        data = _images(model, recovery)
-        if recovery.labelled:
-            check_labels(model, data, "The model")
-        return data, recovery.batch_size
-    if recovery.on_bad_sample == "skip":
+    check_source(model, recovery.data, "The model", sequence_length=recovery.sequence_length)
+    text = reads_text(model)
+    if text and recovery.on_bad_sample == "skip":
         raise ValueError("on_bad_sample='skip' is for images in files, and the model reads text; leave it out.")
-    check_length(model, recovery.sequence_length)
-    place = tokenizer_place(recovery, source)
-    if model.can_generate() or recovery.labelled:
+    size = recovery.batch_size
+    if not text:
         data = load_data(
             recovery.data,
-            tokenizer=place,
+            img_size=recovery.img_size or image_side(model),
+            seed=recovery.seed,
+            limit=recovery.limit,
+            on_bad_sample=recovery.on_bad_sample,
+            labelled=recovery.labelled,
+        )
+        data = normalised_for(model, data)
+    elif model.can_generate() or recovery.labelled:
+        data = load_data(
+            recovery.data,
+            tokenizer=tokenizer_place(recovery, source),
             sequence_length=recovery.sequence_length,
             seed=recovery.seed,
             limit=recovery.limit,
         )
-        check_tokens(model, data.vocab_size or 0)
-        if recovery.labelled:
-            check_labels(model, data, "The model")
-        return data, recovery.batch_size
-    tokenizer = load_tokenizer(place)
-    check_tokens(model, vocabulary_size(tokenizer))
-    data = load_sentences(
-        recovery.data,
-        tokenizer,
-        tokens=recovery.batch_tokens,
-        longest=recovery.sequence_length,
-        held_out=recovery.held_out,
-        seed=recovery.seed,
-        limit=recovery.limit,
-    )
-    return data, 1
+    else:
+        data = load_sentences(
+            recovery.data,
+            load_tokenizer(tokenizer_place(recovery, source)),
+            tokens=recovery.batch_tokens,
+            longest=recovery.sequence_length,
+            held_out=recovery.held_out,
+            seed=recovery.seed,
+            limit=recovery.limit,
+        )
+        size = 1  # of such batches
+    check_data(model, data, "The model")
+    if recovery.labelled:
+        check_labels(model, data, "The model")
+    return data, size
 
 
 def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
@@ -135,20 +144,6 @@ def tokenizer_place(recovery: Recovery, source: str | Path | None) -> str:
     if place is None:
         raise ValueError("tokenizer is missing; name the directory of the model's own.")
     return place
-
-
-def _images(model: Any, recovery: Recovery) -> Data:
-    data = load_data(
-        recovery.data,
-        img_size=recovery.img_size or image_side(model),
-        seed=recovery.seed,
-        limit=recovery.limit,
-        on_bad_sample=recovery.on_bad_sample,
-        labelled=recovery.labelled,
-    )
-    data = normalised_for(model, data)
-    check_images(model, data, "The model")
-    return data
 
 
 def run(

@@ -97,6 +97,7 @@ def load_sentences(
         metric="spearman",
         higher_is_better=True,
         chance=0.0,
+        sequence_length=longest,
         tokenizer=tokenizer,
         vocab_size=vocabulary_size(tokenizer),
         provenance={

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from formix.data import Data
+from formix.evaluation.suitable import check_data, reads_text
 from formix.training.tasks import evaluate
 
 
@@ -14,12 +15,11 @@ def perplexity(model: nn.Module, data: Data, split: str = "test", *, batch_size:
     Comparable between models with the same tokenizer and windows; bits per byte, which `evaluate` gives, between all.
 
     Raises:
-        ValueError: data of another task, or in more tokens than the model's.
+        ValueError: data of another task, or in more tokens or longer windows than the model's.
     """
     if data.task != "causal-lm":
         raise ValueError(f"Perplexity needs text for language modelling; {data.name!r} is data for {data.task}.")
-    has, own = data.vocab_size or 0, getattr(getattr(model, "config", None), "vocab_size", None)
-    if own is not None and has > own:
-        raise ValueError(f"{data.name!r} has {has} tokens and the model {own}; give the model's own tokenizer.")
+    if reads_text(model):  # of any other nothing says what it knows
+        check_data(model, data, "The model")
     assert data.bytes_per_target is not None
     return 2.0 ** (evaluate(model, data, split, batch_size=batch_size) * data.bytes_per_target[split])

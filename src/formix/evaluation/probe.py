@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from formix.data import Data, collate
 from formix.data.base import SPLITS
 from formix.data.images import ImageDataset
-from formix.evaluation.suitable import check_images
+from formix.evaluation.suitable import check_data
 from formix.models.inputs import image_inputs, knows_statistics
 from formix.models.modes import evaluating
 from formix.training.acceleration import autocast_dtype
@@ -45,7 +45,7 @@ def linear_probe(
     if data.task != "image-classification":
         raise ValueError(f"A linear probe needs labelled images; {data.name!r} is data for {data.task}.")
     data = normalised_for(model, data)
-    check_images(model, data, "The model")
+    check_data(model, data, "The model")
     features: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     for split in SPLITS:
@@ -84,7 +84,7 @@ def image_features(model: Any, dataset: Dataset, *, batch_size: int = 64, precis
 def normalised_for(model: Any, data: Data) -> Data:
     """The data under the statistics that the model's weights were trained with, if its config says which."""
     cfg = image_inputs(model)
-    if "mean" not in cfg or "std" not in cfg:
+    if data.in_chans is None or "mean" not in cfg or "std" not in cfg:
         return data
     splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
     of_bytes = {name: [255 * value for value in cfg[name]] for name in ("mean", "std")}

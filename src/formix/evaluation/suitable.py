@@ -1,4 +1,4 @@
-"""Whether data suit a model: what it reads, the numbers of its tokens, and labels that it answers with."""
+"""Which data suit a model: what it reads, the numbers of its tokens, and labels that it answers with."""
 
 from __future__ import annotations
 
@@ -10,21 +10,54 @@ from formix.data import IMAGES, TEXTS, Data
 from formix.data.text import load_tokenizer, own_tokenizer
 from formix.models.image import image_size
 from formix.models.inputs import label_names
-from formix.models.text import task_of
+from formix.models.text import check_length, task_of
 
 _log = logging.getLogger("formix")
 
 
-def check_kind(model: Any, source: str, name: str) -> None:
-    """Raise `ValueError` for images where the model, formix's or another, reads text, and the other way round.
+def reads_text(model: Any) -> bool:
+    """Whether a model, formix's or another, reads text; any other reads images."""
+    return hasattr(getattr(model, "config", None), "vocab_size")
+
+
+def check_source(model: Any, source: str, name: str, *, sequence_length: int) -> None:
+    """What `check_data` says of data as far as it is known before they are loaded.
 
     Args:
         source: the name of data, as `load_data` takes it.
         name: what the model is called in the sentence, such as "The model".
+        sequence_length: tokens of a window, or the most of a sentence.
     """
-    text = hasattr(getattr(model, "config", None), "vocab_size")
+    text = reads_text(model)
     if source.partition(":")[0] in (IMAGES if text else TEXTS):
         raise wrong_kind(name, source, text=text)
+    if text:
+        check_length(model, sequence_length)
+
+
+def check_data(model: Any, data: Data, name: str, *, own: bool = True) -> None:
+    """Raise `ValueError` for data that a model cannot read: of another kind, images of another size or other channels,
+    or text in longer pieces or other tokens.
+
+    Args:
+        model: formix's, timm's or transformers'.
+        name: what the model is called in the sentence.
+        own: the tokens are of a tokenizer that was chosen for the model, which may have fewer than the model.
+    """
+    images = data.task == "image-classification"
+    if images == reads_text(model):
+        raise wrong_kind(name, data.name, text=images)
+    if images:
+        _check_images(model, data, name)
+        return
+    assert data.sequence_length is not None
+    check_length(model, data.sequence_length)
+    has, needs = model.config.vocab_size, data.vocab_size or 0
+    if has < needs or (has > needs and not own):
+        raise ValueError(
+            f"{name} knows {has} tokens and {data.name!r} has {needs}; give the one that it was trained with as "
+            "tokenizer."
+        )
 
 
 def wrong_kind(name: str, source: str, *, text: bool) -> ValueError:
@@ -57,22 +90,6 @@ def check_numbers(tokenizer: Any, beside: str) -> None:
         )
 
 
-def check_vocabulary(model: Any, data: Data, name: str, *, own: bool) -> None:
-    """Raise `ValueError` for text in other tokens than the model's.
-
-    Args:
-        data: text, for a model of text.
-        name: what the model is called in the sentence.
-        own: the tokens are of a tokenizer that was chosen for the model, which may have fewer than the model.
-    """
-    has, needs = model.config.vocab_size, data.vocab_size or 0
-    if has < needs or (has > needs and not own):
-        raise ValueError(
-            f"{name} knows {has} tokens and {data.name!r} has {needs}; give the tokenizer that it was trained with as "
-            "--tokenizer."
-        )
-
-
 def image_side(model: Any) -> int | None:
     """The side of the square that a model's images are scaled to where nobody asks for another; None: they are taken
     as they are."""
@@ -82,13 +99,7 @@ def image_side(model: Any) -> int | None:
     return height if height == width else None
 
 
-def check_images(model: Any, data: Data, name: str) -> None:
-    """Raise `ValueError` for images of another size or other channels than a model reads.
-
-    Args:
-        model: formix's, timm's or transformers'.
-        name: what the model is called in the sentence.
-    """
+def _check_images(model: Any, data: Data, name: str) -> None:
     assert data.img_size is not None
     free = getattr(model, "dynamic_img_size", False)
     size = (None if free else image_size(model)) or data.img_size
