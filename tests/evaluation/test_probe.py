@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 import formix
 from formix.data import load_data
 from formix.evaluation import image_features, linear_probe, probe
-from formix.evaluation.probe import normalised_for
+from formix.evaluation.suitable import normalised_for
 
 
 @pytest.fixture(scope="module")

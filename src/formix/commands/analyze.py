@@ -57,8 +57,7 @@ def _data(config: AnalyzeConfig, model: Any) -> Data:
         ValueError: data that the model cannot read.
     """
     from formix.data import load_data
-    from formix.evaluation.probe import as_trained
-    from formix.evaluation.suitable import check_data, check_source, image_side, reads_text, tokenizer_for
+    from formix.evaluation.suitable import as_trained, check_data, check_source, image_side, reads_text, tokenizer_for
 
     name, tokenizer = f"The model in {config.model}", None
     check_source(model, config.data, name, sequence_length=config.sequence_length)

@@ -42,8 +42,7 @@ class EvalConfig:
 def evaluate(arguments: list[str]) -> int:
     """Print the metric of a trained model: formix eval DIR --data=NAME."""
     from formix import load
-    from formix.evaluation.probe import as_trained
-    from formix.evaluation.suitable import check_data, check_labels
+    from formix.evaluation.suitable import as_trained, check_data, check_labels
     from formix.training import evaluate as measure
     from formix.training.job import trained_model
     from formix.training.parallel import joined, process_count

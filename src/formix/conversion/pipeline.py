@@ -24,12 +24,12 @@ from formix.conversion.sentences import load_sentences
 from formix.conversion.source import cast
 from formix.data import Data, OnBadSample, collate, load_data
 from formix.data.text import load_tokenizer
-from formix.evaluation.probe import normalised_for
 from formix.evaluation.suitable import (
     check_data,
     check_labels,
     check_source,
     image_side,
+    normalised_for,
     reads_text,
     tokenizer_for,
 )

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from formix.data.encoded import EncodedImage
 from formix.data.text import vocabulary_size
+from formix.evaluation.suitable import check_tokens
 from formix.models.inputs import image_inputs, independent_classes, label_names
-from formix.models.text import check_tokens, positions, task_of
+from formix.models.text import positions, task_of
 from formix.training.tasks import forward
 
 _log = logging.getLogger("formix")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from formix.data import Data, collate
 from formix.data.base import SPLITS
 from formix.data.images import ImageDataset
-from formix.evaluation.suitable import check_data
-from formix.models.inputs import image_inputs, knows_statistics
+from formix.evaluation.suitable import check_data, normalised_for
 from formix.models.modes import evaluating
 from formix.training.acceleration import autocast_dtype
 
@@ -79,20 +77,3 @@ def image_features(model: Any, dataset: Dataset, *, batch_size: int = 64, precis
             tokens = model.forward_features(batch["pixel_values"].to(own))
             parts.append(model.forward_head(tokens, pre_logits=True).float())  # [B, C]
     return torch.cat(parts)
-
-
-def normalised_for(model: Any, data: Data) -> Data:
-    """The data under the statistics that the model's weights were trained with, if its config says which."""
-    cfg = image_inputs(model)
-    if data.in_chans is None or "mean" not in cfg or "std" not in cfg:
-        return data
-    splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
-    of_bytes = {name: [255 * value for value in cfg[name]] for name in ("mean", "std")}
-    provenance = {**data.provenance, "normalisation": {**of_bytes, "of": "pixels 0 to 255, the model's own"}}
-    return replace(data, **splits, in_chans=len(cfg["mean"]), provenance=provenance)
-
-
-def as_trained(model: Any, data: Data) -> Data:
-    """The same where those statistics are known to be the model's own, and the data have the channels it reads."""
-    fits = data.in_chans in (1, getattr(model, "in_chans", 3))
-    return normalised_for(model, data) if fits and knows_statistics(model) else data

@@ -32,7 +32,8 @@ def sentence_embeddings(
     Raises:
         ValueError: a tokenizer with more tokens than the model.
     """
-    from formix.models.text import check_tokens, positions
+    from formix.evaluation.suitable import check_tokens
+    from formix.models.text import positions
 
     check_tokens(model, vocabulary_size(tokenizer))
     trunk = model.base_model

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from formix.data import IMAGES, TEXTS, Data
+from formix.data.base import SPLITS
 from formix.data.text import load_tokenizer, own_tokenizer
 from formix.models.image import image_size
-from formix.models.inputs import label_names
+from formix.models.inputs import image_inputs, knows_statistics, label_names
 from formix.models.text import check_length, task_of
 
 _log = logging.getLogger("formix")
@@ -65,6 +67,15 @@ def wrong_kind(name: str, source: str, *, text: bool) -> ValueError:
     return ValueError(f"{name} reads {'text' if text else 'images'}, which {source!r} is not.")
 
 
+def check_tokens(model: Any, tokens: int) -> None:
+    """Raise `ValueError` for a tokenizer of more tokens than a model knows."""
+    if tokens > (known := model.config.vocab_size):
+        raise ValueError(
+            f"The tokenizer has {tokens} tokens and this {type(model).__name__} knows {known}; give the one that it "
+            "was trained with."
+        )
+
+
 def tokenizer_for(directory: str | Path | None, asked: str | None) -> str | None:
     """The directory of the tokenizer that a model's text is read with: the one asked for, or the one that lies beside
     its weights in `directory`; None: neither.
@@ -97,6 +108,23 @@ def image_side(model: Any) -> int | None:
         return model.pretrained_cfg["input_size"][-1]
     height, width = image_size(model) or (None, None)
     return height if height == width else None
+
+
+def normalised_for(model: Any, data: Data) -> Data:
+    """The data under the statistics that the model's weights were trained with, if its config says which."""
+    cfg = image_inputs(model)
+    if data.in_chans is None or "mean" not in cfg or "std" not in cfg:
+        return data
+    splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
+    of_bytes = {name: [255 * value for value in cfg[name]] for name in ("mean", "std")}
+    provenance = {**data.provenance, "normalisation": {**of_bytes, "of": "pixels 0 to 255, the model's own"}}
+    return replace(data, **splits, in_chans=len(cfg["mean"]), provenance=provenance)
+
+
+def as_trained(model: Any, data: Data) -> Data:
+    """The same where those statistics are known to be the model's own, and the data have the channels it reads."""
+    fits = data.in_chans in (1, getattr(model, "in_chans", 3))
+    return normalised_for(model, data) if fits and knows_statistics(model) else data
 
 
 def _check_images(model: Any, data: Data, name: str) -> None:

@@ -266,15 +266,6 @@ def check_length(model: Any, sequence_length: int) -> None:
         )
 
 
-def check_tokens(model: Any, tokens: int) -> None:
-    """Raise `ValueError` for a tokenizer of more tokens than a model knows."""
-    if tokens > (known := model.config.vocab_size):
-        raise ValueError(
-            f"The tokenizer has {tokens} tokens and this {type(model).__name__} knows {known}; give the one that it "
-            "was trained with."
-        )
-
-
 def as_choices(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors [B, N] as the model's class takes them: for multiple choice [B, 1, N], a single choice each."""
     multiple = "MultipleChoice" in type(model).__name__
