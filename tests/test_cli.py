@@ -125,7 +125,12 @@ def test_analyze_prints_a_row_for_every_layer(tmp_path, capsys):
     assert main([*arguments, "--json=true"]) == 0
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 3
     assert main(arguments) == 0
-    assert "160 tokens" in capsys.readouterr().out  # 32 images of 4 patches and a class token
+    table = capsys.readouterr().out
+    assert "160 tokens" in table  # 32 images of 4 patches and a class token
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text('{"data": "digits"}')
+    assert main(["analyze", str(tmp_path), "--data=digits", "--batches=1"]) == 0
+    assert capsys.readouterr().out == table  # of a training run: the model that it made
 
 
 def test_analyze_reads_data_as_the_model_does(tmp_path, capsys):

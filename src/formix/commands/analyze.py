@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class AnalyzeConfig:
     """Spread of token embeddings and share of attention, layer by layer."""
 
-    model: str  # a directory of formix's or of transformers (BERT, RoBERTa, GPT-2, Llama)
+    model: str  # a directory of formix's, a training run's too, or of transformers (BERT, RoBERTa, GPT-2, Llama)
     data: str  # a name of `formix data`; its test split is read
     batches: int = 4  # how many batches
     batch_size: int = 32  # samples in each
@@ -36,8 +36,10 @@ def analyze(arguments: list[str]) -> int:
     from formix.data import collate
     from formix.models.directory import read_config
     from formix.models.text import as_choices
+    from formix.training.job import trained_model
 
     config = parse_model(AnalyzeConfig, "analyze", arguments)
+    config = dataclasses.replace(config, model=str(trained_model(Path(config.model))[0]))
     if config.batches < 1 or config.batch_size < 1:
         raise ValueError(f"batches is {config.batches} and batch_size {config.batch_size}; both must be 1 or more.")
     stored = read_config(Path(config.model))
