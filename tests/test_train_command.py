@@ -307,6 +307,7 @@ def test_a_run_that_returns_to_a_checkpoint_leaves_no_rows_of_what_it_left(tmp_p
             diagnostics.add(done.step, {"rms/0": done.loss})
     assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("2", "1.0"), ("4", "2.0")]
     assert (tmp_path / "diagnostics.csv").read_text().splitlines() == ["step,figure,layer,value"]
+    assert b"\r" not in (tmp_path / "metrics.csv").read_bytes()  # all lines end alike, before and after
 
 
 @pytest.mark.parametrize("policy", ["stop", "rewind"])

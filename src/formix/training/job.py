@@ -177,7 +177,7 @@ class _StepsFile:
         """Rows, complete on disk before the next checkpoint is written."""
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows([header, *rows] if new else rows)
+            csv.writer(file, lineterminator="\n").writerows([header, *rows] if new else rows)
 
 
 class MetricsFile(_StepsFile):
