@@ -45,6 +45,21 @@ def test_the_memory_is_that_of_the_largest_part_of_a_batch(digits, make_model):
     assert plan(make_model(), digits, parts).memory == plan(make_model(), digits, whole).memory
 
 
+def test_the_memory_has_the_optimiser_and_the_average_of_the_settings(digits, make_model):
+    model, settings = make_model(), {"batch_size": 2, "precision": "float32"}
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    adamw = plan(model, digits, TrainConfig(**settings)).memory
+    assert plan(model, digits, TrainConfig(**settings, ema=0.9)).memory == adamw + weights
+    one_moment_less = adamw - plan(model, digits, TrainConfig(**settings, optimizer="sgd")).memory
+    assert one_moment_less == pytest.approx(weights, rel=0.01)  # AdamW also counts its steps
+
+
+def test_a_step_is_of_no_more_samples_than_there_are(digits, make_model):
+    size = len(digits.train)
+    figures = plan(make_model(), digits, TrainConfig(batch_size=10 * size, precision="float32"))
+    assert figures.seconds_per_step == pytest.approx(size / figures.samples_per_second)
+
+
 def test_recomputing_activations_takes_less_memory(digits, make_model):
     model, settings = make_model(depth=8), {"batch_size": 64, "precision": "float32"}
     whole = plan(model, digits, TrainConfig(**settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,15 +40,21 @@ class _LiveTensors(TorchDispatchMode):
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
 
 
-def peak_step_memory(model: nn.Module, data: Data, batch: Batch, precision: str = "float32") -> int:
-    """Bytes of tensors alive at the worst moment of one AdamW step on `batch`: weights, gradients, optimiser state and
-    activations. Counted from the tensors themselves, so that it does not depend on what else the process holds;
-    scratch memory inside an operation is not seen."""
+def peak_step_memory(
+    model: nn.Module,
+    data: Data,
+    batch: Batch,
+    precision: str = "float32",
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+) -> int:
+    """Bytes of tensors alive at the worst moment of one step on `batch`: weights, gradients, optimiser state (AdamW's,
+    unless `make_optimizer` makes another) and activations. Counted from the tensors themselves, so that it does not
+    depend on what else the process holds; scratch memory inside an operation is not seen."""
     device = next(model.parameters()).device
     others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     model = copy.deepcopy(model).train()
     batch = {k: v.to(device) for k, v in batch.items()}
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = make_optimizer(model) if make_optimizer else torch.optim.AdamW(model.parameters(), fused=True)
     half = autocast_dtype(precision)
 
     def step() -> None:

@@ -17,6 +17,7 @@ from formix.data.augmentation import augmented
 from formix.data.draws import epoch_order
 from formix.training.acceleration import autocast_dtype, recompute_activations
 from formix.training.config import TrainConfig
+from formix.training.ema import Ema
 from formix.training.memory import peak_step_memory
 from formix.training.optimizers import make_optimizer
 from formix.training.tasks import MODEL_INPUTS, task_objective
@@ -33,7 +34,7 @@ class Plan:
     flops_per_sample: int  # of a forward pass; an image or a sequence
     flops: float | None  # of the whole run: three times the forward pass for every sample; None: a budget in seconds
     steps: int | None  # of the optimiser; None: a budget in seconds
-    memory: int  # bytes of tensors at the worst moment of a step, Adam's state included
+    memory: int  # bytes of tensors at the worst moment of a step, optimiser's state and averaged weights included
     seconds_per_step: float  # median of a few steps on this machine as it is, data included
     samples_per_second: float
     seconds: float  # of the whole run, without evaluations
@@ -84,8 +85,11 @@ def plan(model: nn.Module, data: Data, config: TrainConfig, device: torch.device
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
     part_seconds = statistics.median(times[1:])
-    step_seconds = part_seconds * config.batch_size / part
+    step_seconds = part_seconds * min(config.batch_size, size) / part
     flops = flops_per_sample(model, batch)
+    memory = peak_step_memory(probe, data, batch, config.precision, lambda copied: make_optimizer(copied, config))
+    if config.ema:
+        memory += sum(tensor.nbytes for tensor in Ema(probe, config.ema).weights.values())
     steps = None
     if config.epochs is not None:
         steps = max(1, round(config.epochs * math.ceil(size / config.batch_size)))
@@ -95,7 +99,7 @@ def plan(model: nn.Module, data: Data, config: TrainConfig, device: torch.device
         flops_per_sample=flops,
         flops=None if config.epochs is None else 3.0 * flops * config.epochs * size,
         steps=steps,
-        memory=peak_step_memory(probe, data, batch, config.precision),
+        memory=memory,
         seconds_per_step=step_seconds,
         samples_per_second=part / part_seconds,
         seconds=config.seconds if config.epochs is None else config.epochs * size * part_seconds / part,  # type: ignore[arg-type]
