@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 
+import onnx
 import pytest
 import torch
 from exported_models import IMAGES, TEXT, model_of, possible
@@ -159,6 +160,13 @@ def test_sliding_windows(tmp_path):
 def test_large_heads_of_decoders(tmp_path):
     model = model_of("llama", "softmax", head_dim=128)
     assert export_model(model, tmp_path / "model.xml").check.relative <= 1e-4
+
+
+def test_the_attention_of_newer_opsets(tmp_path):
+    """From opset 23 on softmax attention is one operator, which ONNX Runtime gives padding in rows for every query."""
+    sheet = export_model(model_of("bert", "softmax"), tmp_path / "bert.onnx", opset=23)
+    assert sheet.opset == 23
+    assert "Attention" in {node.op_type for node in onnx.load(tmp_path / "bert.onnx").graph.node}
 
 
 def test_fixed_sizes(tmp_path):

@@ -99,7 +99,8 @@ def _portable_softmax(
     scale: float | None,
 ) -> Tensor:
     """Softmax attention as runtimes other than PyTorch understand it: every query head with a key head of its own, and
-    0 spelt out for rows that see no key, which elsewhere are a mean of all values, or not a number.
+    0 spelt out for rows that see no key, which elsewhere are a mean of all values, or not a number. The mask has a row
+    for every query, without which ONNX Runtime refuses the Attention of opset 23.
 
     That 0 is put into [B, N, H, D]: OpenVINO 2026.4 makes one kernel of attention and what directly follows it, which
     gives wrong numbers for heads of 128 or 256."""
@@ -109,6 +110,7 @@ def _portable_softmax(
         visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask > float("-inf")
         sees = visible.any(-1, keepdim=True)  # [..., Nq, 1]
         attn_mask = attn_mask | ~sees if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~sees, 0.0)
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-2], query.shape[2], -1)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask if attn_bias is None else attn_bias, dropout_p=dropout_p,
         is_causal=is_causal, scale=scale,
