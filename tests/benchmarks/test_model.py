@@ -25,10 +25,13 @@ def test_a_vision_transformer_against_timms_own(training):
     assert found.timings["relu"].flops > 0
 
 
-def test_a_text_model():
-    case = ModelCase(model="gpt2-nano", batch=1, tokens=8, training=True, precision="float32")
+@pytest.mark.parametrize("model", ["gpt2-nano", "bert-tiny", "llama-nano"])
+def test_a_text_model(model):
+    case = ModelCase(model=model, batch=1, tokens=8, training=True, precision="float32", profiled=True)
     (found,) = measure("model", [case], repetitions=1, seconds=0.01)
     assert set(found.timings) == {"softmax", "relu"}
+    for parts in found.profile.values():
+        assert set(PARTS) == set(parts)
 
 
 def test_blocks():

@@ -9,9 +9,14 @@ from typing import Any
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from formix.layers import Attention, GatedUnit
+from formix.layers import GatedUnit
 
 PARTS = ("qkv projection", "attention", "output projection", "MLP", "norms", "embedding and head", "optimizer", "rest")
+# names of modules in timm's and transformers' families
+_QKV = ("qkv", "q", "k", "v", "query", "key", "value", "c_attn", "q_proj", "k_proj", "v_proj")
+_OUT = ("proj", "c_proj", "o_proj")  # and BERT's output.dense
+_MLP = ("mlp", "intermediate", "output")
+_ENDS = ("patch_embed", "head", "embeddings", "wte", "wpe", "embed_tokens", "lm_head", "cls", "classifier", "score")
 _PREFIX = "formix.part: "
 _BACKWARD = "autograd::engine::evaluate_function"
 
@@ -38,19 +43,22 @@ def profile_parts(model: nn.Module, call: Callable[[], object], calls: int = 3) 
 
 def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     found: list[tuple[nn.Module, str]] = []
+    attentions: list[str] = []
     for name, module in model.named_modules():
         kind, last = type(module).__name__, name.rpartition(".")[2]
-        if isinstance(module, Attention | GatedUnit) or kind == "Attention":
+        inside = any(name.startswith(f"{attention}.") for attention in attentions)
+        if isinstance(module, GatedUnit) or "Attention" in kind:
+            attentions.append(name)
             found.append((module, "attention"))
-        elif last == "qkv":
+        elif inside and last in _QKV:
             found.append((module, "qkv projection"))
-        elif last == "proj" and "attn" in name:
+        elif inside and (last in _OUT or name.endswith("output.dense")):
             found.append((module, "output projection"))
-        elif last == "mlp":
+        elif not inside and last in _MLP:
             found.append((module, "MLP"))
         elif "norm" in kind.lower() and not list(module.children()):
             found.append((module, "norms"))
-        elif last in ("patch_embed", "head", "embeddings", "lm_head"):
+        elif last in _ENDS:
             found.append((module, "embedding and head"))
     return found
 
