@@ -1,5 +1,7 @@
 import dataclasses
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +70,15 @@ def test_progress_reaches_one_and_never_falls(run, digits, make_model):
 def test_a_budget_in_seconds_ends_the_run(run):
     _, result = run(epochs=None, seconds=0.5)
     assert 0.5 <= result.seconds < 5
-    assert result.curve[-1].seconds == pytest.approx(result.seconds, abs=0.2)
+
+
+@pytest.mark.parametrize("seconds", [2.0, 2.1, 2.2, 2.3])
+def test_a_run_of_seconds_is_evaluated_whichever_look_at_the_clock_finds_them_spent(run, monkeypatch, seconds):
+    looks = itertools.count()
+    monkeypatch.setattr("formix.training.clock.time", SimpleNamespace(perf_counter=lambda: 0.1 * next(looks)))
+    _, result = run(epochs=None, seconds=seconds)
+    assert result.curve[-1].step * 32 == result.samples
+    assert result.validation == result.curve[-1].validation
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_says_where(digits, make_model):

@@ -154,9 +154,10 @@ class _Run:
             self._resume(self.checkpoints)
         batches = self._batches()
         self.model.train()
-        while (progress := self._progress()) < 1:
+        progress = self._progress()
+        while progress < 1:
             self._step(batches, progress)
-            progress = self._progress()
+            progress = self._progress()  # once: a budget spent before a second look would end without an evaluation
             evaluate = progress >= min(1, self.place.due / self.config.evaluations)
             if not evaluate and self.place.step % self.look_every:
                 continue
@@ -166,7 +167,7 @@ class _Run:
             if self.result.diverged is not None:
                 if not self._rewind():
                     break
-                batches = self._batches()
+                batches, progress = self._batches(), self._progress()
                 continue
             if evaluate:
                 steps[-1] = dataclasses.replace(steps[-1], point=self._evaluate(progress))
