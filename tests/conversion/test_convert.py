@@ -668,3 +668,15 @@ def test_the_command_line_overwrites_nothing_but_conversions(tmp_path, capsys) -
     assert not (out / "report.html").exists()
     assert not (out / "search.json").exists()
     assert "already" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_source_that_gives_attention_weights_becomes_a_model_that_says_it_does_not(name, caplog) -> None:
+    source = make(name)
+    source.config._attn_implementation = "eager"  # transformers' others have no weights to give
+    source.config.output_attentions = True
+    model = formix.convert(source, "relu").eval()
+    assert caplog.text.count("asks for attention weights") == 1
+    assert model.config.output_attentions is False
+    assert model(torch.ones(1, 5, dtype=torch.long))[0].isfinite().all()
+    assert restore(model).config.output_attentions is True

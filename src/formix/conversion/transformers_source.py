@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import transformers
@@ -9,6 +10,8 @@ import transformers
 from formix.conversion.source import Source, unknown_family
 from formix.conversion.weight_map import ROWS, SAME, Rule, resolve
 from formix.design import Design
+
+_log = logging.getLogger("formix")
 
 # model type -> (formix's family, fields of its config that the source's has not)
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -126,6 +129,8 @@ def _text(model: Any, family: str, more: dict[str, Any]) -> Source:
             f"A {stem} has a head that formix does not have; load the source as another (--task): {', '.join(plain)}."
         )
     fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")} | more
+    if fields.pop("output_attentions", False):
+        _log.warning("The source's config asks for attention weights, which formix never forms: the model's does not.")
     if model.config.model_type == "mistral" and model.config.sliding_window:
         fields["layer_types"] = ["sliding_attention"] * model.config.num_hidden_layers
 
