@@ -146,7 +146,7 @@ def test_analyze_reads_data_as_the_model_does(tmp_path, capsys):
     formix.save(model, own)
     command = ["analyze", str(own), f"--data=text:{text}", "--sequence-length=16", "--batches=1", "--json"]
     assert main(command) == 2
-    assert "give the one that it was trained with as tokenizer" in capsys.readouterr().err
+    assert "read the text with the tokenizer that it was trained with" in capsys.readouterr().err
     assert main([*command, f"--tokenizer={elsewhere}"]) == 0
     named = capsys.readouterr().out
     shutil.copytree(elsewhere, own, dirs_exist_ok=True)

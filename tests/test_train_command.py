@@ -148,7 +148,7 @@ def test_other_text_is_read_as_the_training_s_was(run_of, tmp_path, capsys):
     assert main(["eval", str(out / "model"), other, "--json", *flags]) == 0  # masked-lm is in the model's class
     assert json.loads(capsys.readouterr().out) == ours
     assert main(["eval", str(out / "model"), other]) == 2  # bytes, which are not its tokens
-    assert "give the one that it was trained with as tokenizer" in capsys.readouterr().err
+    assert "read the text with the tokenizer that it was trained with" in capsys.readouterr().err
     load_tokenizer(tokenizer).save_pretrained(out / "model")
     assert main(["eval", str(out / "model"), other, "--json", *flags[1:]]) == 0  # those that lie beside it
     assert json.loads(capsys.readouterr().out) == ours

@@ -313,7 +313,7 @@ def test_lines_end_where_files_end_them(tmp_path, capsys):
     assert main(["predict", str(where), str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     train_wordpiece([chr(c) for c in range(0x4E00, 0x4F00)]).save_pretrained(tmp_path / "words")
-    for said in ("it is none: give that one as tokenizer", "knows 256; give the one that it was trained with"):
+    for said in ("it is none: read it with that one (tokenizer=", "knows 256; read the text with"):
         assert main(["predict", str(where), "--text=a", f"--tokenizer={tmp_path / 'words'}"]) == 2
         assert said in capsys.readouterr().err
         (where / "tokenizer.json").unlink(missing_ok=True)  # then there is its number alone to go by

@@ -74,9 +74,9 @@ def test_every_verb_takes_the_images_of_a_model_that_reads_any_size_so(tmp_path,
             capsys.readouterr()
             assert main([*command, *size]) == status
             said = capsys.readouterr()
-            assert ("img_size is 12 x 12; it must be a multiple of " in said.err) == (status == 2)
+            assert ("img_size is 12 x 12 and must be a multiple" in said.err) == (status == 2)
     assert "2 sequences, 20 tokens" in said.out  # of 3 x 3 patches and a class token
-    with pytest.raises(ValueError, match="img_size is 12 x 12; it must be a multiple of The model's patches, 8 x 8"):
+    with pytest.raises(ValueError, match="The model has patches of 8 x 8; img_size is 12 x 12"):
         load_recovery_data(model, Recovery(data="digits", img_size=12))
 
 

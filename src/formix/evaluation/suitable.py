@@ -57,8 +57,8 @@ def check_data(model: Any, data: Data, name: str, *, own: bool = True) -> None:
     has, needs = model.config.vocab_size, data.vocab_size or 0
     if has < needs or (has > needs and not own):
         raise ValueError(
-            f"{name} knows {has} tokens and {data.name!r} has {needs}; give the one that it was trained with as "
-            "tokenizer."
+            f"{name} knows {has} tokens and {data.name!r} has {needs}; read the text with the tokenizer that it was "
+            "trained with (tokenizer=DIR)."
         )
 
 
@@ -71,8 +71,8 @@ def check_tokens(model: Any, tokens: int) -> None:
     """Raise `ValueError` for a tokenizer of more tokens than a model knows."""
     if tokens > (known := model.config.vocab_size):
         raise ValueError(
-            f"The tokenizer has {tokens} tokens and this {type(model).__name__} knows {known}; give the one that it "
-            "was trained with."
+            f"The tokenizer has {tokens} tokens and this {type(model).__name__} knows {known}; read the text with the "
+            "one that it was trained with."
         )
 
 
@@ -97,7 +97,7 @@ def check_numbers(tokenizer: Any, beside: str) -> None:
         number, word = min(other)
         raise ValueError(
             f"The text is read with a tokenizer in which {word!r} is token {number}; in the model's own, in "
-            f"{beside!r}, it is {own.get(word, 'none')}: give that one as tokenizer."
+            f"{beside!r}, it is {own.get(word, 'none')}: read it with that one (tokenizer={beside})."
         )
 
 
@@ -140,7 +140,7 @@ def _check_images(model: Any, data: Data, name: str) -> None:
         )
     patch = model.patch_embed.patch_size if free and not model.patch_embed.dynamic_img_pad else (1, 1)
     if any(side % part for side, part in zip(size, patch, strict=True)):
-        raise ValueError(f"img_size is {_times(*size)}; it must be a multiple of {name}'s patches, {_times(*patch)}.")
+        raise ValueError(f"{name} has patches of {_times(*patch)}; img_size is {_times(*size)} and must be a multiple.")
 
 
 def _times(*sizes: Any) -> str:
