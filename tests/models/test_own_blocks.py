@@ -343,6 +343,11 @@ def test_refused(case):
         formix.create_model(KINDS[kind], design, **small(KINDS[kind]))
 
 
+def test_known_blocks_in_a_trunk_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"is a Qwen3VitEncoder; formix knows"):
+        formix.create_model("qwen3_vit_88m_enc", "relu")
+
+
 def test_parallel_is_the_parallel_blocks_own_layout():
     ours, theirs, images = pair("vit_base_patch16_xp_224", "parallel")
     close(ours(images), theirs(images), 1e-10)

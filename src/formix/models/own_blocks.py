@@ -54,11 +54,12 @@ class OwnBlocksVisionTransformer(OwnBlocks, VisionTransformer):
 
 
 def kind_of(model: Any) -> str | None:
-    """The key of `_KINDS` for a trunk of timm's; None if its blocks are not known here."""
+    """The key of `_KINDS` for a trunk of timm's; None if its blocks, or the trunk around them, are not known here."""
     blocks = getattr(model, "blocks", None)
     first = blocks[0] if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
     names = (type(first).__name__, type(getattr(first, "attn", None)).__name__)
-    return next((name for name in names if name in _KINDS), None)
+    kind = next((name for name in names if name in _KINDS), None)
+    return kind if kind is not None and type(model) in _trunk(kind).__mro__ else None
 
 
 def convert(model: Any, kind: str, design: Design) -> None:
@@ -71,8 +72,14 @@ def convert(model: Any, kind: str, design: Design) -> None:
     if design.wiring is not None:
         raise ValueError(f"Skip wiring needs blocks that hand on keys and values; timm's {kind} does not.")
     for i, block in enumerate(model.blocks):
-        family.convert_block(block, design.layer(i, depth))
-    model.__class__ = getattr(family, "TRUNK", OwnBlocksVisionTransformer)  # timm's own in all but its description
+        block.layer_design = design.layer(i, depth)
+        family.convert_block(block, block.layer_design)
+    model.__class__ = _trunk(kind)  # timm's own in all but its description
+
+
+def _trunk(kind: str) -> type:
+    """What the model becomes: a class that extends timm's."""
+    return getattr(importlib.import_module(_KINDS[kind]), "TRUNK", OwnBlocksVisionTransformer)
 
 
 def convert_block(block: Any, layer: LayerDesign) -> None:
