@@ -188,6 +188,14 @@ def test_rotary_positions(name: str) -> None:
         _by_hand(model, block, images, lambda x, b=block, **k: b.gamma_1 * b.attn(b.norm1(x), **k))
 
 
+@pytest.mark.parametrize("name", ["vit_base_patch16_rpn_224", "vit_relpos_small_patch16_rpn_224"])
+def test_norms_behind_the_branches(name: str) -> None:
+    size = {"depth": 2, "img_size": 32, "embed_dim": 32, "num_heads": 2, "init_values": 0.5}
+    for model in (timm.create_model(name, **size), formix.create_model(name, "relu", **size)):
+        block, images = model.blocks[1], torch.randn(2, 3, 32, 32)
+        _by_hand(model, block, images, lambda x, b=block, **k: b.norm1(b.attn(x, **k)))
+
+
 def test_cvt() -> None:
     size = {"depth": [1, 2, 3], "embed_dim": [16, 48, 96], "drop_path_rate": [0.0, 0.0, 0.0]}
     stock = CvtForImageClassification(CvtConfig(**size)).eval()
@@ -213,8 +221,8 @@ def test_json_table_and_the_models_state() -> None:
 def test_what_cannot_be_analysed_is_refused() -> None:
     with pytest.raises(ValueError, match="no layers"):
         analyze(torch.nn.Linear(2, 2), [])
-    with pytest.raises(ValueError, match="but those with norms behind the branches"):
-        analyze(formix.create_model("vit_base_patch16_rpn_224", "relu", depth=1, img_size=32), [])
+    with pytest.raises(ValueError, match="several branches at once"):
+        analyze(formix.create_model("vit_base_patch16_xp_224", "relu", depth=1, img_size=32), [])
     model = formix.create_model("bert-tiny", **TEXT)
     one = {"input_ids": torch.tensor([[5, 1]]), "attention_mask": torch.tensor([[1, 0]])}
     for batches in ([], [one]):

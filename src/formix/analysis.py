@@ -25,41 +25,7 @@ from torch import Tensor, nn
 
 from formix.design import Layout
 from formix.models.modes import evaluating
-
-
-@dataclass(frozen=True)
-class _Role:
-    """Which parts of a family's layer are what; paths of submodules."""
-
-    marks: tuple[str, ...]  # a module with all of these is a layer of the family
-    branches: tuple[str, ...]  # the first that exists gives the attention branch, without residual and norm
-    norm: str  # the norm after attention in post-norm series layers
-    trunk: str = "pre"
-    kind: str | None = None  # the name of the layers' class or of one that it extends; None: any
-
-    def fits(self, module: nn.Module) -> bool:
-        if self.kind is not None and all(c.__name__ != self.kind for c in type(module).__mro__):
-            return False
-        return all(_part(module, path) is not None for path in self.marks)
-
-
-_ROLES = (
-    # BERT, RoBERTa
-    _Role(
-        ("attention.output.LayerNorm", "attention"),
-        ("attention.unit", "attention.output.dense"),
-        "attention.output.LayerNorm",
-        "post",
-    ),
-    _Role(("ln_1", "attn"), ("attn",), "ln_1"),  # GPT-2
-    _Role(("input_layernorm", "self_attn"), ("self_attn",), "input_layernorm"),  # Llama
-    _Role(("norm1", "attn", "drop_path1"), ("drop_path1",), "norm1", kind="EvaBlock"),  # timm's with rotary positions
-    _Role(("layernorm_before", "attention"), ("attention",), "layernorm_before", kind="CvtLayer"),  # CvT
-    _Role(("norm1", "attn", "ls1"), ("ls1",), "norm1"),  # Vision Transformers, timm's and formix's
-    _Role(("norm1", "attn", "local_mp"), ("drop_path1",), "norm1"),  # XCiT, SimA's released models: the patches' layers
-    _Role(("norm", "actgu"), ("actgu",), "norm"),  # Activator
-    _Role(("norm", "mgu"), ("mgu",), "norm"),  # NiNformer
-)
+from formix.models.parts import Layer, layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +75,8 @@ def analyze(
     """Spread of token embeddings after attention and after the FFN, and the size of the attention branch, per layer.
 
     Args:
-        model: a text model or Vision Transformer of formix's, or transformers' BERT, RoBERTa, GPT-2 or Llama, or
-            timm's VisionTransformer, Eva or XCiT (the patches' layers; local patch interaction counts to the FFN), or
-            a CvT. It runs in evaluation mode and is left as it was.
+        model: one whose layers `formix.models.parts` knows; of XCiT the patches' layers, where local patch
+            interaction counts to the FFN. It runs in evaluation mode and is left as it was.
         batches: images [B, C, H, W], or a model's keyword arguments (`labels` are left out). Tokens that an
             `attention_mask` [B, N], or [B, choices, N], hides count nowhere; sequences of fewer than two tokens are
             left out.
@@ -121,13 +86,13 @@ def analyze(
         ValueError: a model whose layers are not known here, or no sequence of two tokens.
     """
     model = getattr(model, "_orig_mod", model)  # hooks do not fire inside a compiled model
-    layers = _layers(model)
-    gathered = [_Sums() for _ in layers]
+    found = layers(model)
+    gathered = [_Sums() for _ in found]
     seen: dict[str, Tensor | None] = {"mask": None}
     handles = [
         handle
-        for (_, block, role), sums in zip(layers, gathered, strict=True)
-        for handle in _watch(block, role, lambda *states, sums=sums: sums.add(*states, mask=seen["mask"]))
+        for layer, sums in zip(found, gathered, strict=True)
+        for handle in _watch(layer, lambda *states, sums=sums: sums.add(*states, mask=seen["mask"]))
     ]
     try:
         with evaluating(model), torch.no_grad():
@@ -151,7 +116,7 @@ def analyze(
         design=design if design is None or isinstance(design, dict) else design.to_dict(),
         sequences=gathered[0].sequences,
         tokens=gathered[0].tokens,
-        layers=[s.result(i, name) for i, (s, (name, _, _)) in enumerate(zip(gathered, layers, strict=True))],
+        layers=[s.result(i, layer.name) for i, (s, layer) in enumerate(zip(gathered, found, strict=True))],
     )
 
 
@@ -219,28 +184,11 @@ class _Sums:
         )
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module, _Role]]:
-    found = [(name, module, role) for name, module in model.named_modules() for role in _ROLES if role.fits(module)]
-    if not found:
-        raise ValueError(
-            f"A {type(model).__name__} has no layers that formix can look into; it knows BERT, RoBERTa, DistilBERT of "
-            "formix's, GPT-2, Llama, vit_*, deit_* and relu_vit_* (but those with norms behind the branches or several "
-            "branches at once), eva*, CvT, xcit_*, sima_*, Activator and NiNformer."
-        )
-    return found
-
-
-def _part(module: nn.Module, path: str) -> nn.Module | None:
-    part: Any = module
-    for name in path.split("."):
-        part = getattr(part, name, None)
-    return part if isinstance(part, nn.Module) else None
-
-
-def _watch(block: nn.Module, role: _Role, report: Callable[..., None]) -> list[Any]:
+def _watch(layer: Layer, report: Callable[..., None]) -> list[Any]:
     """Hooks that report a layer's input, attention branch, state after attention and output at every forward pass."""
+    block = layer.block
     layout: Layout = getattr(block, "layout", None) or Layout()
-    normed = getattr(block, "norm_position", role.trunk) == "post" and not layout.parallel
+    normed = getattr(block, "norm_position", "post" if layer.post else "pre") == "post" and not layout.parallel
     states: dict[str, Tensor] = {}
 
     def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -257,13 +205,10 @@ def _watch(block: nn.Module, role: _Role, report: Callable[..., None]) -> list[A
         x, branch = states["x"], states["branch"]
         report(x, branch, states["normed"] if normed else x + branch, _tensor(output))
 
-    branch = next(part for path in role.branches if (part := _part(block, path)) is not None)
-    norm = _part(block, role.norm)
-    assert norm is not None
     return [
         block.register_forward_pre_hook(start, with_kwargs=True),
-        branch.register_forward_hook(keep("branch")),
-        norm.register_forward_hook(keep("normed")),
+        layer.scaled.register_forward_hook(keep("branch")),
+        layer.norms[0].register_forward_hook(keep("normed")),
         block.register_forward_hook(end),
     ]
 

@@ -22,11 +22,11 @@ from formix.conversion.pipeline import Recovery, load_recovery_data, parse_stage
 from formix.conversion.pipeline import run as run_pipeline
 from formix.conversion.recover import Stage, recover
 from formix.conversion.report import _inputs
-from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.sentences import Sentences, load_sentences
 from formix.conversion.taps import answer, tapped
 from formix.data import Data
 from formix.data.text import load_tokenizer
+from formix.models.parts import layers, weight_in_out
 from formix.models.text import positions
 from formix.training import train
 

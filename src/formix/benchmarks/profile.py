@@ -8,15 +8,12 @@ from typing import Any
 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers.pytorch_utils import Conv1D
 
-from formix.layers import GatedUnit
+from formix.models.parts import find_layers
 
 PARTS = ("qkv projection", "attention", "output projection", "MLP", "norms", "embedding and head", "optimizer", "rest")
-# names of modules in timm's and transformers' families
-_QKV = ("qkv", "q", "k", "v", "query", "key", "value", "c_attn", "q_proj", "k_proj", "v_proj")
-_OUT = ("proj", "c_proj", "o_proj")  # and BERT's output.dense
-_MLP = ("mlp", "intermediate", "output")
-_ENDS = ("patch_embed", "head", "embeddings", "wte", "wpe", "embed_tokens", "lm_head", "cls", "classifier", "score")
+_PROJECTIONS = (nn.Linear, nn.Conv2d, Conv1D)
 _PREFIX = "formix.part: "
 _BACKWARD = "autograd::engine::evaluate_function"
 
@@ -28,7 +25,7 @@ def profile_parts(model: nn.Module, call: Callable[[], object], calls: int = 3) 
     the operator whose gradient they compute, by autograd's sequence numbers. "attention" is what an attention layer
     does besides its two projections; "rest" what belongs to no part: residual sums and the gradients' accumulation.
     """
-    hooks = [hook for module, part in _parts(model) for hook in _mark(module, part)]
+    hooks = [hook for module, part in _parts(model).items() for hook in _mark(module, part)]
     try:
         call()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -41,25 +38,22 @@ def profile_parts(model: nn.Module, call: Callable[[], object], calls: int = 3) 
     return {part: seconds[part] / calls for part in PARTS if seconds.get(part)}
 
 
-def _parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    found: list[tuple[nn.Module, str]] = []
-    attentions: list[str] = []
-    for name, module in model.named_modules():
-        kind, last = type(module).__name__, name.rpartition(".")[2]
-        inside = any(name.startswith(f"{attention}.") for attention in attentions)
-        if isinstance(module, GatedUnit) or "Attention" in kind:
-            attentions.append(name)
-            found.append((module, "attention"))
-        elif inside and last in _QKV:
-            found.append((module, "qkv projection"))
-        elif inside and (last in _OUT or name.endswith("output.dense")):
-            found.append((module, "output projection"))
-        elif not inside and last in _MLP:
-            found.append((module, "MLP"))
-        elif "norm" in kind.lower() and not list(module.children()):
-            found.append((module, "norms"))
-        elif last in _ENDS:
-            found.append((module, "embedding and head"))
+def _parts(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules whose time is told apart. What has weights outside of the layers is embedding or head."""
+    found: dict[nn.Module, str] = {}
+    layers = find_layers(model)
+    for layer in layers:
+        found |= dict.fromkeys((m for m in layer.mixer.modules() if isinstance(m, _PROJECTIONS)), "qkv projection")
+        found |= dict.fromkeys(layer.ffn, "MLP") | {layer.mixer: "attention"}
+        if layer.out is not None:
+            found[layer.out] = "output projection"
+    inside = {module for layer in layers for module in layer.block.modules()}
+    for module in model.modules():
+        if not any(module.children()) and next(module.parameters(), None) is not None:
+            if "norm" in type(module).__name__.lower():
+                found[module] = "norms"
+            elif module not in inside:
+                found[module] = "embedding and head"
     return found
 
 

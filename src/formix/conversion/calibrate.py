@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from formix.conversion.record import Conversion
-from formix.conversion.roles import Layer, layers, weight_in_out
 from formix.conversion.taps import answer, moved, tapped
 from formix.data import Batch
+from formix.models.parts import Layer, layers, weight_in_out
 
 RIDGE = 1e-6  # of the mean diagonal, so that a head that is nothing does not end the solution
 
@@ -33,9 +33,9 @@ def calibrate(model: nn.Module, teacher: nn.Module, batches: Iterable[Batch], *,
     """
     own, theirs = layers(model.eval()), layers(teacher.eval())
     fits = [
-        _Fit(i, layer)
-        for i, layer in enumerate(own)
-        if layer.out is not None and layer.design.mixer != theirs[i].design.mixer
+        _Fit(i, mine)
+        for i, (mine, other) in enumerate(zip(own, theirs, strict=True))
+        if mine.out is not None and _mixer(mine) != _mixer(other)
     ]
     teacher.to(next(model.parameters()).device)
     for batch in (moved(batch, model) for batch in batches):
@@ -63,6 +63,10 @@ def calibrate(model: nn.Module, teacher: nn.Module, batches: Iterable[Batch], *,
             model.conversion = conversion  # type: ignore[assignment]
             conversion.stages.append({"stage": "calibrate", "trained": False, "layers": rows})
     return {"stage": "calibrate", "trained": False, "layers": rows}
+
+
+def _mixer(layer: Layer) -> Any:
+    return None if layer.design is None else layer.design.mixer  # None: none of formix's
 
 
 class _Fit:

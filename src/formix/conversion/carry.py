@@ -22,11 +22,11 @@ from formix.conversion.planning import (
     shapes,
 )
 from formix.conversion.record import Conversion, design_of, sha256
-from formix.conversion.roles import layers, weight_in_out
 from formix.conversion.source import Source, like, open_source
 from formix.conversion.weight_map import forward
 from formix.design import Design
 from formix.models.inputs import keep_inputs
+from formix.models.parts import layers, weight_in_out
 from formix.models.recorded import FILE
 
 _log = logging.getLogger("formix")
@@ -275,29 +275,25 @@ def _fold_norms(target: nn.Module, state: Mapping[str, Tensor], done: set[str]) 
     folded: dict[str, str] = {}
     names = {id(p): n for n, p in target.named_parameters()}
     for layer in layers(target):
-        layout = layer.design.layout
-        if not layout.parallel or layer.trunk != "pre" or layout.norm == "post" or not layer.ffn_in:
+        layout = layer.block.layer_design.layout
+        if not layout.parallel or layer.post or layout.norm == "post" or not layer.ffn_in:
             continue
-        first = layer.norms[0]
-        prefix = names[id(first.weight)].removesuffix("weight")
-        second = {"norm1.": "norm2.", "ln_1.": "ln_2.", "input_layernorm.": "post_attention_layernorm."}
-        old, new = next((a, b) for a, b in second.items() if prefix.endswith(a))
-        gone = prefix.removesuffix(old) + new
-        if f"{gone}weight" not in state or f"{gone}weight" in names.values():
+        first, gone = layer.norms[0], layer.norm_names[1]
+        if f"{gone}.weight" not in state or f"{gone}.weight" in names.values():
             continue
-        g1, g2 = first.weight, state[f"{gone}weight"].to(first.weight)
+        g1, g2 = first.weight, state[f"{gone}.weight"].to(first.weight)
         floor = 1e-6 * g1.abs().max().clamp(min=math.ulp(0.0))
         ratio = torch.where(g1.abs() > floor, g2 / torch.where(g1.abs() > floor, g1, 1), torch.zeros_like(g1))
         for linear in layer.ffn_in:
             if names[id(linear.weight)] in done:
                 continue
             weight = weight_in_out(linear)  # [C, F]
-            if getattr(first, "bias", None) is not None and f"{gone}bias" in state:
-                shift = state[f"{gone}bias"].to(g1) - ratio * first.bias
+            if getattr(first, "bias", None) is not None and f"{gone}.bias" in state:
+                shift = state[f"{gone}.bias"].to(g1) - ratio * first.bias
                 linear.bias += shift @ weight
-                folded[names[id(linear.bias)]] = f"{gone}bias"
+                folded[names[id(linear.bias)]] = f"{gone}.bias"
             weight.mul_(ratio[:, None])
-            folded[names[id(linear.weight)]] = f"{gone}weight"
+            folded[names[id(linear.weight)]] = f"{gone}.weight"
     return folded
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from formix.conversion.roles import Layer, layers
 from formix.conversion.taps import Answer, Flow, answer, moved, tapped
 from formix.data import Batch, Data
 from formix.models.inputs import independent_classes
+from formix.models.parts import Layer, layers
 from formix.training.tasks import loss_of
 
 RELATIONS = 10.0  # weight of the cosines between samples: their squares are small
@@ -104,7 +104,11 @@ class Distillation:
 
 
 def _changes(teacher: Layer, student: Layer) -> tuple[bool, bool]:
+    """Whether the mixer (or its keys) and the layout are others; cross-covariance attention (XCiT) is no design."""
     old, new = teacher.design, student.design
+    assert new is not None, "a student is formix's"
+    if old is None:
+        return True, False
     return old.mixer != new.mixer or old.source != new.source, old.layout != new.layout
 
 

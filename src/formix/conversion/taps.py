@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formix.conversion.roles import Layer
 from formix.data import Batch
+from formix.models.parts import Layer
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 

@@ -189,18 +189,19 @@ def _with_design(trunk: Any, design: Design) -> Any:
     if trunk.__class__ is not Xcit:
         raise ValueError(f"This is a {type(trunk).__name__}; formix_xcit takes timm's xcit_* names.")
     depth = len(trunk.blocks)
-    mixers = [design.layer(i, depth).mixer for i in range(depth)]
-    if design.wiring is not None or any(design.layer(i, depth).layout != Layout() for i in range(depth)):
+    layers = [design.layer(i, depth) for i in range(depth)]
+    if design.wiring is not None or any(layer.layout != Layout() for layer in layers):
         raise ValueError("XCiT's blocks (attention, local patch interaction, FFN) have one layout and no skip wiring.")
-    if not all(mixer.has_keys for mixer in (*mixers, design.mixer)):
+    if not all(mixer.has_keys for mixer in (*(layer.mixer for layer in layers), design.mixer)):
         raise ValueError("XCiT's class token reads the image by attention; a gated unit mixes no tokens. Use another.")
     if trunk.pos_embed is not None:
         trunk.pos_embeder = trunk.pos_embed
         del trunk.pos_embed
     trunk.__class__ = FormixXcit  # the trunk is timm's own in all but its mixers
     block: Any
-    for block, mixer in zip(trunk.blocks, mixers, strict=True):
-        block.attn = Attention(mixer=mixer, **_arguments(block.attn, block.attn.qkv))
+    for block, layer in zip(trunk.blocks, layers, strict=True):
+        block.layer_design = layer
+        block.attn = Attention(mixer=layer.mixer, **_arguments(block.attn, block.attn.qkv))
     for block in trunk.cls_attn_blocks:
         eps = OFFICIAL_CLASS_EPS if design.official else getattr(design.mixer, "eps", 0.0)
         block.attn = ClassAttention(mixer=design.mixer, eps=eps, **_arguments(block.attn, block.attn.q))
