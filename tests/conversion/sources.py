@@ -66,6 +66,24 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "dinov2": lambda: timm.create_model(
         "vit_small_patch14_reg4_dinov2", img_size=28, embed_dim=48, depth=2, num_heads=4
     ),
+    "dinov3": lambda: timm.create_model(
+        "vit_small_patch16_dinov3", img_size=32, embed_dim=48, depth=2, num_heads=4, num_classes=7
+    ),
+    "eva02": lambda: timm.create_model(
+        "eva02_base_patch14_224", img_size=28, embed_dim=48, depth=2, num_heads=4, num_classes=7
+    ),
+    "rope-vit": lambda: timm.create_model(
+        "vit_small_patch16_rope_mixed_224", img_size=32, embed_dim=48, depth=2, num_heads=4
+    ),
+    "relpos": lambda: timm.create_model(
+        "vit_relpos_small_patch16_224", img_size=32, embed_dim=48, depth=2, num_heads=4, num_classes=7
+    ),
+    "res-post": lambda: timm.create_model(
+        "vit_base_patch16_rpn_224", img_size=32, embed_dim=48, depth=2, num_heads=4, num_classes=7
+    ),
+    "differential": lambda: timm.create_model(
+        "vit_dlittle_patch16_reg1_gap_256", img_size=32, embed_dim=48, depth=2, num_heads=4, num_classes=7
+    ),
     "xcit": lambda: timm.create_model("xcit_nano_12_p16_224", img_size=32, depth=2, num_classes=7),
 }
 

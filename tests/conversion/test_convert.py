@@ -111,7 +111,9 @@ def test_every_design_goes_back_to_the_source_bit_for_bit(name: str) -> None:
     assert served >= 2
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-features", "vit", "llama", "hf-dinov2-registers", "xcit"])
+@pytest.mark.parametrize(
+    "name", ["bert", "bert-features", "vit", "llama", "hf-dinov2-registers", "xcit", "dinov3", "relpos"]
+)
 def test_a_directory_brings_its_source_back(name: str, tmp_path) -> None:
     source = make(name).float()
     model = formix.convert(source, "relu")
@@ -298,9 +300,10 @@ def test_operations_are_counted_or_said_to_be_unknown(name: str, caplog) -> None
         assert "are not counted" not in caplog.text
 
 
-def test_a_folded_norm_is_the_second_norm_of_the_layers_input() -> None:
+@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "eva02", "relpos"])
+def test_a_folded_norm_is_the_second_norm_of_the_layers_input(name: str) -> None:
     """With the mixer's branch at nothing, a parallel layer whose norm was folded is the series layer."""
-    source = make("vit")
+    source = make(name)
     for block in source.blocks:
         nn.init.zeros_(block.attn.proj.weight)
         nn.init.zeros_(block.attn.proj.bias)
@@ -346,7 +349,7 @@ def test_half_precision_leaves_the_rotation_exact() -> None:
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "xcit"])
+@pytest.mark.parametrize("name", ["bert", "vit", "xcit", "dinov3"])
 def test_a_teacher_is_the_source(name: str) -> None:
     source = make(name)
     given = inputs(source)
@@ -476,6 +479,12 @@ def test_what_was_changed_by_hand_is_refused(own, name, by_hand, words) -> None:
     by_hand(source)
     with pytest.raises(ValueError, match=words):
         formix.convert(source, "paf")
+
+
+def test_rotary_positions_that_the_name_does_not_give_back_are_refused() -> None:
+    source = timm.create_model("vit_small_patch16_rope_224", img_size=32, depth=2, rope_temperature=77.0)
+    with pytest.raises(ValueError, match=r"'temperature': 77\.0.* as rope, and a new Eva"):
+        formix.convert(source, "relu")
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2"])

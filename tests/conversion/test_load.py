@@ -78,6 +78,13 @@ def test_a_new_classifier_is_announced(tmp_path, caplog) -> None:
     assert load_source(directory, num_classes=0).num_classes == 0
 
 
+def test_the_image_size_asked_for_is_the_models_though_it_reads_any(tmp_path) -> None:
+    small = {**SMALL, "num_heads": 2}
+    torch.save(timm.create_model("vit_small_patch16_dinov3", **small).state_dict(), tmp_path / "weights.pth")
+    source = load_source("vit_small_patch16_dinov3", checkpoint=tmp_path / "weights.pth", **small)
+    assert tuple(formix.convert(source, "relu").pretrained_cfg["input_size"]) == (3, 32, 32)
+
+
 def test_layers_that_the_weights_lack_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"no weights for 16 tensors of its layers \(bert\.encoder\.layer\.3\."):
         load_source(bert_directory(tmp_path, num_hidden_layers=4))

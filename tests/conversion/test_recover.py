@@ -61,7 +61,7 @@ def test_batches_of_sentences_waste_little_and_lose_none() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3", "vit", "xcit"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3", "vit", "xcit", "dinov3", "relpos", "differential"])
 def test_calibration_solves_the_least_squares_of_the_heads(name: str) -> None:
     source = make(name)
     teacher = as_teacher(source)
@@ -102,7 +102,7 @@ def test_calibration_is_undone_on_the_way_back() -> None:
     torch.testing.assert_close(run(back, inputs(source)), run(source, inputs(source)), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit", "eva02", "res-post"])
 def test_the_source_itself_has_nothing_to_recover(name: str) -> None:
     source = make(name).float()
     teacher, same = formix.convert(source, "softmax"), formix.convert(source, "softmax")
@@ -265,8 +265,9 @@ def test_half_precision_recovers_in_float32(stages: str, tmp_path, monkeypatch: 
         recover(made[0], as_teacher(source), sentences(), STAGES)
 
 
-def test_timms_xcit_teaches_itself() -> None:
-    source = make("xcit").float()
+@pytest.mark.parametrize("name", ["xcit", "dinov3"])
+def test_timms_model_teaches_itself(name: str) -> None:
+    source = make(name).float()
     recovery = Recovery(
         data="digits", limit=60, batch_size=16, calibration=1, evaluations=2, stages="match:6steps,align:4steps"
     )

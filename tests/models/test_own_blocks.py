@@ -11,7 +11,7 @@ from torch import nn
 
 import formix
 from formix.benchmarks import count_flops
-from formix.conversion.formix_source import open_formix
+from formix.conversion.source import open_source
 from formix.training.diagnostics import diagnose
 
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 4, "num_classes": 5}
@@ -375,9 +375,13 @@ def test_compile(kind):
         close(torch.compile(ours, fullgraph=True, backend="aot_eager")(images), ours(images), 1e-10)
 
 
-def test_torchscript_and_conversion_are_refused_with_a_way_out():
-    with pytest.raises(ValueError, match=r"has blocks of its own.*create_model\(DIRECTORY"):
-        open_formix(pair("vit_small_patch16_rope_224", "relu")[0])
+def test_torchscript_and_conversion_of_several_branches_are_refused_with_a_way_out():
+    for kind in ("parallel", "things"):
+        ours, theirs, _ = pair(KINDS[kind], "relu")
+        with pytest.raises(ValueError, match=r"has blocks of several branches.*create_model\(DIRECTORY"):
+            open_source(ours)
+        with pytest.raises(ValueError, match=r"has blocks of its own \(Parallel.*one attention"):
+            open_source(theirs)
     with pytest.raises(ValueError, match=r"torch\.export"):
         torch.jit.script(pair("vit_small_patch16_rope_224", "relu")[0])
 

@@ -23,6 +23,7 @@ def open_formix(model: Any) -> Source:
     from formix.conversion.timm_source import pooled
     from formix.models import vit
     from formix.models.designed import Designed
+    from formix.models.parts import find_layers
     from formix.models.xcit import FormixXcit
 
     if getattr(getattr(model, "config", None), "pruned_kv", False):
@@ -31,11 +32,16 @@ def open_formix(model: Any) -> Source:
             "from the model that was pruned."
         )
     before = Conversion.of(model)
-    if isinstance(model, vit._DesignedTrunk):
+    if isinstance(model, Designed):
+        if not find_layers(model):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{model.base!r} has blocks of several branches, and formix converts those of one attention and one "
+                "FFN; its weights as they are go into another design by formix.create_model(DIRECTORY, design=...)."
+            )
         arguments = model.saved_config()["model_args"]
         base = arguments.pop("base")
         del arguments["design"]
-        depth = len(model.blocks)
+        depth = len(model.blocks)  # type: ignore[attr-defined]
         if before is not None and not model.design.mixes_tokens(depth):  # the pooling was changed for this design
             arguments.pop("fc_norm", None)
             arguments["global_pool"] = before.source.get("arguments", {}).get("global_pool", "token")
@@ -56,11 +62,6 @@ def open_formix(model: Any) -> Source:
             )
 
         return _source(model, before, "xcit", len(model.blocks), model.design, build_xcit)
-    if isinstance(model, Designed):
-        raise ValueError(
-            f"{model.base!r} has blocks of its own, and formix converts timm's plain Block; its weights as they are go "
-            "into another design by formix.create_model(DIRECTORY, design=...)."
-        )
     config = getattr(model, "config", None)
     family = str(getattr(config, "model_type", "")).removeprefix("formix_")
     from formix.models.text import FAMILIES

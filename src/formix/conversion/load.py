@@ -10,6 +10,7 @@ from typing import Any
 
 from formix.conversion.source import FAMILIES
 from formix.models.companions import COMPANIONS, SENTENCE_FILES
+from formix.models.image import image_size
 
 _log = logging.getLogger("formix")
 LAYERS = r"\.(h|layer|layers)\.\d+\."  # in the names of transformers' tensors: one of a layer
@@ -90,6 +91,8 @@ def _timm(name: str, checkpoint: str | Path | None, arguments: dict[str, Any]) -
         model: Any = timm.create_model(name, **pretrained, **arguments).eval()
     except Exception as error:  # whatever timm raises of damaged files and odd arguments
         raise ValueError(f"timm cannot load {name!r} ({_reason(error)}).") from None
+    if "img_size" in arguments and (size := image_size(model)):  # a name that reads any size keeps its own in the cfg
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (model.in_chans, *size)}
     if classes is not None and classes != model.num_classes:
         if classes:
             _log.warning("the classifier is new: %s has one for %d classes, not %d", name, model.num_classes, classes)

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import DropPath, PatchDropout
+from timm.layers import DropPath, PatchDropout, pos_embed_sincos
 from torch import nn
 
 from formix.conversion.weight_map import Move
 from formix.design import Design
 
 FAMILIES = (
-    "timm's VisionTransformer (vit, deit, DINOv2) and Xcit; transformers' BERT, RoBERTa, DistilBERT, ViT, DeiT, "
-    "DINOv2, GPT-2, Llama, Qwen2, Qwen3 and Mistral; and formix's own models"
+    "timm's VisionTransformer (vit, deit, DINOv2), VisionTransformerRelPos, Eva (DINOv3, EVA-02, RoPE-ViT) and Xcit; "
+    "transformers' BERT, RoBERTa, DistilBERT, ViT, DeiT, DINOv2, GPT-2, Llama, Qwen2, Qwen3 and Mistral; and formix's "
+    "own models"
 )
 TRAINING_ALONE = (nn.Dropout, DropPath, PatchDropout, nn.Identity)  # the identity when a model is evaluated
 # parts of which another module or function took hold: in the name of a tensor -> what it is and what to do
@@ -152,10 +153,22 @@ def _parts(model: nn.Module) -> dict[str, str]:
     """Shapes of tensors; activations, norms and other functions, which no shape tells apart, with their settings."""
     shapes = {name: f"a tensor {list(tensor.shape)}" for name, tensor in model.state_dict().items()}
     return shapes | {
-        name: repr(module)
+        name: repr(module) + _positions(module)
         for name, module in model.named_modules()
         if not any(module.children()) and not isinstance(module, TRAINING_ALONE)
     }
+
+
+def _positions(module: nn.Module) -> str:
+    """The settings of timm's rotary positions, which their repr does not say."""
+    if type(module).__module__ != pos_embed_sincos.__name__:
+        return ""
+    settings = {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, int | float | str | tuple) and name not in ("training", "aug_active") and name[0] != "_"
+    }
+    return f" of {settings}"
 
 
 def like(target: nn.Module, source: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""Sources of timm: VisionTransformer with its plain block, and XCiT."""
+"""Sources of timm: Vision Transformers with one attention per block, and XCiT."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import dataclasses
 from typing import Any
 
 import timm
-import torch
 from timm.layers import LayerScale
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.xcit import Xcit
 from torch import nn
 
 from formix.conversion.source import Source, unknown_family
 from formix.conversion.weight_map import ROWS, Rule, resolve
 from formix.design import Design
+from formix.models.parts import find_layers
 
 SAME_NAMES = Rule(sources=(r"(?P<n>.*)",), target="{n}")
 XCIT = (
@@ -37,19 +39,24 @@ def open_timm(model: Any) -> Source:
     """The source for a model of timm's.
 
     Raises:
-        ValueError: another architecture, blocks of its own, or arguments that its name does not give back.
+        ValueError: another architecture, blocks of several branches, or arguments that its name does not give back.
     """
-    if type(model) is Xcit:
-        return _xcit(model)
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        raise unknown_family(model)
-    block = model.blocks[0]
-    if type(block) is not Block or type(block.attn) is not Attention:
-        own = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
-        raise ValueError(f"This VisionTransformer has blocks of its own ({own}); formix converts timm's plain Block.")
+    from formix.models import own_blocks
     from formix.models.vit import create_vit
 
-    name, arguments = _asked_for(model, _vit_arguments)
+    if type(model) is Xcit:
+        return _xcit(model)
+    own_kind = own_blocks.kind_of(model)
+    if own_kind is None and type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise unknown_family(model)
+    block = model.blocks[0]
+    if (own_kind is None and (type(block) is not Block or type(block.attn) is not Attention)) or not find_layers(model):
+        kind = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
+        raise ValueError(
+            f"This {type(model).__name__} has blocks of its own ({kind}); formix converts timm's blocks of one "
+            "attention and one FFN: plain, with rotary (Eva) or relative positions, or norms behind the branches."
+        )
+    name, arguments = _asked_for(model, _ARGUMENTS[type(model)])
     moves, unplaced = resolve([SAME_NAMES], model.state_dict())
 
     def build(design: Design) -> Any:
@@ -110,10 +117,9 @@ def _asked_for(model: Any, read: Any) -> tuple[str, dict[str, Any]]:
     return name, arguments
 
 
-def _vit_arguments(model: Any) -> dict[str, Any]:
+def _common_arguments(model: Any) -> dict[str, Any]:
     block, width = model.blocks[0], model.embed_dim
-    hidden = getattr(getattr(block.mlp, "fc1", None), "weight", torch.empty(0, 0)).shape[0]
-    fc_norm = not isinstance(model.fc_norm, nn.Identity)
+    hidden = block.mlp.fc2.in_features if hasattr(block.mlp, "fc2") else 0
     return {
         "num_classes": model.num_classes,
         "img_size": list(model.patch_embed.img_size),
@@ -124,9 +130,16 @@ def _vit_arguments(model: Any) -> dict[str, Any]:
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
         "mlp_ratio": (hidden + 0.5) / width,
-        "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
-        "init_values": 1.0 if isinstance(block.ls1, LayerScale) else None,
+    }
+
+
+def _vit_arguments(model: Any) -> dict[str, Any]:
+    block = model.blocks[0]
+    fc_norm = not isinstance(model.fc_norm, nn.Identity)
+    return _common_arguments(model) | {
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "init_values": 1.0 if isinstance(getattr(block, "ls1", None), LayerScale) else None,
         "class_token": model.has_class_token,
         "reg_tokens": model.num_reg_tokens,
         "no_embed_class": model.no_embed_class,
@@ -135,6 +148,35 @@ def _vit_arguments(model: Any) -> dict[str, Any]:
         "final_norm": fc_norm or not isinstance(model.norm, nn.Identity),
         "fc_norm": fc_norm,
     }
+
+
+def _eva_arguments(model: Any) -> dict[str, Any]:
+    block = model.blocks[0]
+    return _common_arguments(model) | {
+        "init_values": None if block.gamma_1 is None else 1.0,
+        "class_token": model.cls_token is not None,
+        "num_reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "no_embed_class": model.no_embed_class,
+        "use_abs_pos_emb": model.pos_embed is not None,
+        "dynamic_img_size": model.dynamic_img_size,
+    }
+
+
+def _relpos_arguments(model: Any) -> dict[str, Any]:
+    return _common_arguments(model) | {
+        "qkv_bias": model.blocks[0].attn.qkv.bias is not None,
+        "init_values": 1.0 if isinstance(getattr(model.blocks[0], "ls1", None), LayerScale) else None,
+        "class_token": model.cls_token is not None,
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+    }
+
+
+_ARGUMENTS = {
+    VisionTransformer: _vit_arguments,
+    VisionTransformerDistilled: _vit_arguments,
+    Eva: _eva_arguments,
+    VisionTransformerRelPos: _relpos_arguments,
+}
 
 
 def _xcit_arguments(model: Any) -> dict[str, Any]:
