@@ -488,10 +488,31 @@ def test_single_layers_may_be_given_by_name_or_as_plain_data():
     )
 
 
-@pytest.mark.parametrize("part", ["skip", "relu+paf", "softmax(official=true)"])
-def test_a_single_layer_takes_one_part(part):
-    with pytest.raises(ValueError, match="another mixer or another layout, not more"):
+def test_a_single_layer_may_have_both_parts():
+    layers = {0: (Softmax(), Layout()), 2: (Sima(), Layout(parallel=True, norm="post"))}
+    found = design("relu+parallel", layers=layers)
+    chosen = [found.layer(i, 4) for i in range(4)]
+    assert [layer.mixer.kind for layer in chosen] == ["softmax", "pointwise", "sima", "pointwise"]
+    assert [layer.layout for layer in chosen] == [Layout(), found.layout, layers[2][1], found.layout]
+    described = found.describe()
+    assert "; layer 0: softmax(QKᵀ/√d) V, series; layer 2: Q̂" in described
+    assert described.endswith(", parallel, post-norm")
+    assert design("relu+parallel", layers={0: layers[0], 2: "sima+paf"}) == found
+    check_json(found)
+    with pytest.raises(ValueError, match="names layer 3 twice"):
+        design("relu", layers={3: "sima+paf", -1: "parallel"}).layer(3, 4)
+
+
+@pytest.mark.parametrize("part", ["skip", "softmax(official=true)"])
+def test_a_single_layer_takes_a_mixer_and_a_layout_alone(part):
+    with pytest.raises(ValueError, match="another layout or both, not more"):
         design("relu", layers={0: part})
+
+
+@pytest.mark.parametrize("part", [(Softmax(),), (Layout(), Softmax()), [Softmax(), Layout()], (Softmax(), "paf")])
+def test_a_pair_is_a_mixer_and_a_layout(part):
+    with pytest.raises(ValueError, match=r"a pair of both, \(mixer, Layout\)"):
+        Design(layers={0: part})
 
 
 def test_an_option_given_twice_is_refused():

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import Any
 
 from formix.design import Design, Wiring
 from formix.design import design as find_design
@@ -60,9 +59,7 @@ def choose_layers(
             "The source's own mixer, cross-covariance, is none of formix's, so that none of its layers can stay as it "
             "is; convert them all, without layers, keep or search."
         )
-    parts: dict[int, Any] = {}
-    for layer in kept:  # a mixer and a layout, by the layer's two numbers
-        parts |= {layer: own.layer(layer, depth).mixer, layer - depth: own.layer(layer, depth).layout}
+    parts = {i: (own.layer(i, depth).mixer, own.layer(i, depth).layout) for i in kept}
     return dataclasses.replace(
         chosen, layers=parts, wiring=_wiring(chosen, own, kept, depth), official=chosen.official or own.official
     )

@@ -6,7 +6,7 @@ A `Design` says everything that changes the mathematics of a model's blocks and 
     layout   how mixer and FFN sit together    Layout: series or parallel, pre- or post-norm, with or without an FFN
     wiring   what earlier layers a block reads Wiring: keys and values of a source layer for some heads
 
-Each choice holds for all layers; `layers` replaces the mixer or the layout of single ones (hybrids).
+Each choice holds for all layers; `layers` replaces the mixer, the layout or both of single ones (hybrids).
 """
 
 from formix.design.core import Design, LayerDesign

@@ -14,6 +14,8 @@ from formix.design.layout import Layout
 from formix.design.mixers import MIXERS, GatedUnit, Mixer, Sima, Softmax
 from formix.design.wiring import Wiring
 
+Part = Mixer | Layout | tuple[Mixer, Layout]  # what a single layer may have of its own
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDesign:
@@ -47,7 +49,7 @@ class Design:
     layout: Layout = field(default_factory=Layout)
     wiring: Wiring | None = None
     official: bool = False  # reproduce the official code's quirks (tied norms, unused norms), as its checkpoints need
-    layers: Mapping[int, Mixer | Layout] = field(default_factory=dict)  # single layers that differ; -1 is the last
+    layers: Mapping[int, Part] = field(default_factory=dict)  # single layers that differ; -1 is the last
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixer, get_args(Mixer)):
@@ -60,11 +62,11 @@ class Design:
             )
         check_flags(self, "official")
         if not isinstance(self.layers, Mapping):
-            raise ValueError(f"layers is {self.layers!r}; it must map layer numbers to a mixer or a Layout.")
+            raise ValueError(f"layers is {self.layers!r}; it must map layer numbers to {_PARTS}.")
         object.__setattr__(self, "layers", dict(self.layers))  # a copy: nobody else's changes reach this design
         for layer, part in self.layers.items():
-            if not is_count(layer) or not isinstance(part, (*get_args(Mixer), Layout)):
-                raise ValueError(f"layers has {layer!r}: {part!r}; it must map layer numbers to a mixer or a Layout.")
+            if not is_count(layer) or not _is_part(part):
+                raise ValueError(f"layers has {layer!r}: {part!r}; it must map layer numbers to {_PARTS}.")
         if self.wiring is not None and not self.mixer.has_keys:
             raise ValueError(
                 f"Skip wiring reads keys and values of an earlier layer, and a {self.mixer.kind} mixer has none: "
@@ -84,14 +86,16 @@ class Design:
         for number, part in self.layers.items():
             if not -depth <= number < depth:
                 raise ValueError(f"layers names layer {number}; the model has layers 0 to {depth - 1}.")
-            if number % depth == index:
-                kind = "layout" if isinstance(part, Layout) else "mixer"
+            if number % depth != index:
+                continue
+            for choice in _choices(part):
+                kind = "layout" if isinstance(choice, Layout) else "mixer"
                 if kind in overrides:
                     raise ValueError(
                         f"layers names layer {index} twice, as {index} and {index - depth} of {depth} layers; "
                         "leave out one of the two."
                     )
-                overrides[kind] = part
+                overrides[kind] = choice
         sources = self.wiring.resolve(depth) if self.wiring is not None else (None,) * depth
         chosen = LayerDesign(
             mixer=overrides.get("mixer", self.mixer),
@@ -131,10 +135,7 @@ class Design:
             "layout": dataclasses.asdict(self.layout),
             "wiring": None if self.wiring is None else dataclasses.asdict(self.wiring),
             "official": self.official,
-            "layers": {
-                str(i): _mixer_to_dict(p) if not isinstance(p, Layout) else {"kind": "layout", **dataclasses.asdict(p)}
-                for i, p in sorted(self.layers.items())
-            },
+            "layers": {str(i): _part_to_dict(p) for i, p in sorted(self.layers.items())},
         }
 
     def to_json(self) -> str:
@@ -176,20 +177,40 @@ class Design:
             parts.append(f"K, V of layer {self.wiring.source} for heads {self.wiring.heads}")
         own: dict[str, list[int]] = {}
         for i, part in self.layers.items():
-            own.setdefault(part.words if isinstance(part, Layout) else part.formula, []).append(i)
+            words = (choice.words if isinstance(choice, Layout) else choice.formula for choice in _choices(part))
+            own.setdefault(", ".join(words), []).append(i)
         parts += [f"layer{'s' * (len(i) > 1)} {', '.join(map(str, i))}: {words}" for words, i in own.items()]
         if self.official:
             parts.append("as the official code")
         return "; ".join(parts)
 
 
+_PARTS = "a mixer, a Layout or a pair of both, (mixer, Layout)"
+
+
+def _is_part(part: Any) -> bool:
+    if isinstance(part, tuple):
+        return len(part) == 2 and isinstance(part[0], get_args(Mixer)) and isinstance(part[1], Layout)
+    return isinstance(part, (*get_args(Mixer), Layout))
+
+
+def _choices(part: Part) -> tuple[Mixer | Layout, ...]:
+    return part if isinstance(part, tuple) else (part,)
+
+
 def _mixer_to_dict(mixer: Mixer) -> dict[str, Any]:
     return {"kind": mixer.kind, **dataclasses.asdict(mixer)}
 
 
+def _part_to_dict(part: Part) -> dict[str, Any]:
+    if isinstance(part, tuple):
+        return {"mixer": _mixer_to_dict(part[0]), "layout": dataclasses.asdict(part[1])}
+    return {"kind": "layout", **dataclasses.asdict(part)} if isinstance(part, Layout) else _mixer_to_dict(part)
+
+
 def _layers_from_dict(data: Any) -> dict[int, Any]:
     if not isinstance(data, Mapping) or not all(re.fullmatch(r"-?\d+", str(number)) for number in data):
-        raise ValueError(f"layers is {data!r}; it must map layer numbers to a mixer or a layout.")
+        raise ValueError(f"layers is {data!r}; it must map layer numbers to {_PARTS}.")
     return {int(number): part_from_dict(part) for number, part in data.items()}
 
 
@@ -207,6 +228,9 @@ def _build(part: Any, data: Mapping[str, Any], what: str) -> Any:
 
 
 def part_from_dict(data: Mapping[str, Any]) -> Any:
+    """A mixer, a layout or, from both by their names, a pair."""
+    if isinstance(data, Mapping) and data.keys() == {"mixer", "layout"}:
+        return part_from_dict(data["mixer"]), _build(Layout, data["layout"], "layout")
     if not isinstance(data, Mapping) or data.get("kind") not in (*MIXERS, "layout"):
         raise ValueError(f"{data!r} is no mixer; its 'kind' must be one of {', '.join(MIXERS)}.")
     rest = {k: v for k, v in data.items() if k != "kind"}

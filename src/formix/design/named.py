@@ -48,8 +48,9 @@ def design(name: str | Design | Mapping[str, Any], **options: Any) -> Design:
         name: a name of `list_designs()`, several joined by '+' (``"relu+paf+skip"``), each with options in
             parentheses if wanted (``"relu(length_exponent=0.5)+paf"``), a `Design`, or one as plain data.
         **options: fields of the mixer (``length_exponent=0.5``), the layout (``norm="pre"``), the wiring
-            (``source="distance(2)"``, ``heads=3``) or the design (``official=True``, ``layers={0: "softmax"}``: a
-            name, a mixer or a Layout for each layer that differs, also ``'relu(layers={"0": "softmax"})'``).
+            (``source="distance(2)"``, ``heads=3``) or the design (``official=True``, ``layers={0: "softmax"}``: for
+            each layer that differs a name, a mixer, a Layout or both, (mixer, Layout); also
+            ``'relu(layers={"0": "softmax"})'``).
 
     Raises:
         ValueError: unknown name or option, two names that choose the same part, or a meaningless combination.
@@ -122,12 +123,13 @@ def _single_layer(number: Any, part: Any) -> tuple[Any, Any]:
     if not isinstance(part, str | Design):
         return number, part
     chosen, plain = design(part), Design()
-    parts = [p for p in (chosen.mixer, chosen.layout) if p not in (plain.mixer, plain.layout)]
-    if len(parts) > 1 or replace(chosen, mixer=plain.mixer, layout=plain.layout) != plain:
+    if replace(chosen, mixer=plain.mixer, layout=plain.layout) != plain:
         raise ValueError(
-            f"layers has {number!r}: {part!r}; a single layer takes another mixer or another layout, not more."
+            f"layers has {number!r}: {part!r}; a single layer takes another mixer, another layout or both, not more."
         )
-    return number, parts[0] if parts else plain.mixer
+    if chosen.layout == plain.layout:
+        return number, chosen.mixer
+    return number, chosen.layout if chosen.mixer == plain.mixer else (chosen.mixer, chosen.layout)
 
 
 def _with_options(base: Design, options: dict[str, Any], name: str) -> Design:
