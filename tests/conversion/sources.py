@@ -57,6 +57,10 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "hf-deit-distilled": lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**IMAGE)),
     "hf-dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(**IMAGE)),
     "hf-dinov2-registers": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**IMAGE)),
+    "hf-dinov3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**IMAGE, num_register_tokens=4)),
+    "hf-dinov3-gated": lambda: hf.DINOv3ViTModel(
+        hf.DINOv3ViTConfig(**IMAGE, use_gated_mlp=True, hidden_act="silu", query_bias=False, value_bias=False)
+    ),
     "vit": lambda: timm.create_model(
         "vit_small_patch16_224", img_size=32, embed_dim=32, depth=3, num_heads=4, num_classes=7
     ),

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 
+from formix.conversion.dinov3 import open_dinov3
 from formix.conversion.source import Source, unknown_family
 from formix.conversion.weight_map import ROWS, SAME, Rule, resolve
 from formix.design import Design
@@ -114,6 +115,8 @@ def open_transformers(model: Any) -> Source:
         return _text(model, *TEXT[kind])
     if kind in IMAGES:
         return _image_source(model, kind)
+    if kind == "dinov3_vit":
+        return open_dinov3(model)
     raise unknown_family(model)
 
 
