@@ -36,6 +36,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "bert-choices": lambda: hf.BertForMultipleChoice(hf.BertConfig(**TEXT)),
     "bert-chunks": lambda: hf.BertModel(hf.BertConfig(**TEXT, chunk_size_feed_forward=3)),
     "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**TEXT)),
+    "xlm-roberta": lambda: hf.XLMRobertaForMaskedLM(hf.XLMRobertaConfig(**TEXT, pad_token_id=1)),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**DISTIL)),
     "distilbert-choices": lambda: hf.DistilBertForMultipleChoice(hf.DistilBertConfig(**DISTIL)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),

@@ -109,13 +109,16 @@ def test_a_dinov3_that_timms_trunk_cannot_be_is_refused(changed, words) -> None:
 
 def _heads() -> list[tuple[str, str]]:
     """transformers' model types with the classes that formix has for them."""
-    stems = {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
+    stems = {
+        "qwen2": ("Llama", "Qwen2"), "qwen3": ("Llama", "Qwen3"), "mistral": ("Llama", "Mistral"),
+        "xlm-roberta": ("Roberta", "XLMRoberta"), "camembert": ("Roberta", "Camembert"),
+    }  # fmt: skip
     return [
         (kind, name)
         for kind, (family, _) in transformers_source.TEXT.items()
         for task, c in FAMILIES[family][1].items()
         if task != "multiple-choice"  # reads [B, choices, N], and operations are counted on [B, N]
-        and hasattr(hf, name := c.__name__.removeprefix("Formix").replace("Llama", stems.get(kind, "Llama")))
+        and hasattr(hf, name := c.__name__.removeprefix("Formix").replace(*stems.get(kind, ("", ""))))
     ]
 
 

@@ -24,8 +24,8 @@ def convert(
 
     Args:
         model: a model of timm's (VisionTransformer, VisionTransformerRelPos, Eva, Xcit), transformers' (BERT, RoBERTa,
-            DistilBERT, ViT, DeiT, DINOv2, DINOv3, GPT-2, Llama, Qwen2, Qwen3, Mistral) or formix's; or a directory (a
-            training run's among them), timm name or transformers id of one.
+            XLM-RoBERTa, CamemBERT, DistilBERT, ViT, DeiT, DINOv2, DINOv3, GPT-2, Llama, Qwen2, Qwen3, Mistral) or
+            formix's; or a directory (a training run's among them), timm name or transformers id of one.
         design: a design's name, combination or `Design`.
         layers: numbers of the layers to convert ("0,2,4-7" or a sequence); None: all.
         keep: "softmax:0,1": layers that stay as they are.

@@ -16,8 +16,8 @@ from formix.design import Design
 
 FAMILIES = (
     "timm's VisionTransformer (vit, deit, DINOv2), VisionTransformerRelPos, Eva (DINOv3, EVA-02, RoPE-ViT) and Xcit; "
-    "transformers' BERT, RoBERTa, DistilBERT, ViT, DeiT, DINOv2, DINOv3, GPT-2, Llama, Qwen2, Qwen3 and Mistral; and "
-    "formix's own models"
+    "transformers' BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ViT, DeiT, DINOv2, DINOv3, GPT-2, Llama, Qwen2, "
+    "Qwen3 and Mistral; and formix's own models"
 )
 TRAINING_ALONE = (nn.Dropout, DropPath, PatchDropout, nn.Identity)  # the identity when a model is evaluated
 # parts of which another module or function took hold: in the name of a tensor -> what it is and what to do

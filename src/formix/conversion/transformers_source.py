@@ -18,12 +18,21 @@ _log = logging.getLogger("formix")
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {}),
     "roberta": ("roberta", {}),
+    "xlm-roberta": ("roberta", {}),
+    "camembert": ("roberta", {}),
     "distilbert": ("distilbert", {}),
     "gpt2": ("gpt2", {}),
     "llama": ("llama", {}),
     "qwen2": ("llama", {"qkv_bias": True, "attention_bias": False}),
     "qwen3": ("llama", {"qk_rms_norm": True}),
     "mistral": ("llama", {}),
+}
+_STEMS = {  # of the names of classes: theirs and their family's
+    "xlm-roberta": ("XLMRoberta", "Roberta"),
+    "camembert": ("Camembert", "Roberta"),
+    "qwen2": ("Qwen2", "Llama"),
+    "qwen3": ("Qwen3", "Llama"),
+    "mistral": ("Mistral", "Llama"),
 }
 IMAGES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 _PRE, _LAYER, _W = r"(?:\w+\.)?", r"(?P<i>\d+)", r"(?P<w>weight|bias)"
@@ -124,12 +133,13 @@ def _text(model: Any, family: str, more: dict[str, Any]) -> Source:
     from formix.models.text import DECODERS, FAMILIES
 
     config_class, classes = FAMILIES[family]
-    stem, plain = type(model).__name__, {c.__name__.removeprefix("Formix"): c for c in classes.values()}
-    ours = {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}.get(model.config.model_type)
-    model_class = plain.get(stem.replace(ours, "Llama") if ours else stem)
+    theirs, ours = _STEMS.get(model.config.model_type, ("", ""))
+    plain = {c.__name__.removeprefix("Formix").replace(ours, theirs, 1): c for c in classes.values()}
+    model_class = plain.get(type(model).__name__)
     if model_class is None:
         raise ValueError(
-            f"A {stem} has a head that formix does not have; load the source as another (--task): {', '.join(plain)}."
+            f"A {type(model).__name__} has a head that formix does not have; load the source as another (--task): "
+            f"{', '.join(plain)}."
         )
     fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")} | more
     if fields.pop("output_attentions", False):

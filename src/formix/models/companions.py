@@ -7,6 +7,7 @@ from pathlib import Path
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "generation_config.json",
     "chat_template.jinja",
 )  # fmt: skip

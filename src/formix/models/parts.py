@@ -129,7 +129,7 @@ def layers(model: nn.Module) -> list[Layer]:
         raise ValueError(
             f"A {type(model).__name__} has no layers that formix can look into; it knows those of its own models, of "
             "timm's VisionTransformer, Eva and Xcit (but blocks of several branches at once), and of transformers' "
-            "BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen2, Qwen3 and CvT."
+            "BERT, RoBERTa, XLM-RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen2, Qwen3 and CvT."
         )
     return found
 

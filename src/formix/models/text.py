@@ -191,7 +191,7 @@ def from_directory(
         raise ValueError(
             f"{directory} has model_type {stored.get('model_type')!r}, and its weights have no place here as they are "
             f"(those of bert, roberta, gpt2, llama and cvt have): formix convert {directory} --design=NAME --out=DIR "
-            "reads DistilBERT, ViT, DINOv2, Qwen and Mistral too."
+            "reads DistilBERT, XLM-RoBERTa, ViT, DINO, Qwen and Mistral too."
         )
     config_class, classes = FAMILIES[family]
     given = known_fields(config_class, config)
