@@ -304,6 +304,15 @@ def test_every_vit_and_deit_name_of_timm_s(name):
     assert {m.mixer.kind for m in model.modules() if hasattr(m, "mixer")} == {"sima"}
 
 
+def test_an_xcit_that_timm_saves_comes_back_in_its_design(tmp_path):
+    model = formix.create_model("xcit_nano_12_p16_224", "relu", depth=2, img_size=64, num_classes=5).eval()
+    timm.models.save_for_hf(model, tmp_path)
+    x = torch.randn(2, 3, 64, 64)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert loaded.design == formix.design("relu")
+    close(loaded(x), model(x), 1e-6)
+
+
 def test_initialisation_and_stochastic_depth():
     model = timm.create_model("sima_tiny_24_p16", drop_path_rate=0.05)
     assert {block.drop_path1.drop_prob for block in model.blocks} == {0.05}  # constant, not rising

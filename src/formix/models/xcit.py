@@ -170,7 +170,8 @@ def create_xcit(base: str, design: str | Design | None, *, pretrained: bool = Fa
             f"design='sima', or make XCiT itself with timm.create_model({base!r})."
         )
     try:
-        model: Any = timm.create_model("formix_xcit", base=base, design=find_design(design), **kwargs)
+        # as plain data: timm's save_for_hf writes the arguments
+        model: Any = timm.create_model("formix_xcit", base=base, design=find_design(design).to_dict(), **kwargs)
     except (TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise ValueError(f"timm cannot build {base!r} with {kwargs}: {error}") from None
     if pretrained:
