@@ -1,7 +1,10 @@
 """Language modelling: windows, splits, baselines, tokenizers."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import math
 import random
 import sysconfig
@@ -217,6 +220,10 @@ def test_wrong_text_says_what_is_needed(tmp_path):
     empty = write(tmp_path / "empty.txt", "")
     (tmp_path / "nothing").mkdir()
     bpe = save_tokenizer(tmp_path / "bpe")
+    for suffix, pack in (("gz", gzip), ("bz2", bz2), ("xz", lzma)):
+        (tmp_path / f"packed.{suffix}").write_bytes(pack.compress(prose(100).encode()))
+        with pytest.raises(ValueError, match=rf"packed\.{suffix}' is compressed.*unpack it first"):
+            load_data(f"text:{tmp_path / f'packed.{suffix}'}")
     for name, options, sentence in [
         ("absent.txt", {}, "absent.txt' does not exist; give a text file"),
         ("good.txt,absent.txt", {}, "does not exist"),

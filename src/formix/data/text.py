@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them makes a tokenizer
+COMPRESSED = re.compile(
+    rb"\x1f\x8b\x08|BZh[1-9]1AY&SY|\xfd7zXZ\x00|\x28\xb5\x2f\xfd|PK\x03\x04"
+)  # gz, bz2, xz, zst, zip
 SUFFIXES = (".txt", ".tokens", ".raw")  # what counts as text in a folder; WikiText uses the last two
 ALPHAS = tuple(10.0**e for e in (-3, -2.5, -2, -1.5, -1, -0.5, 0))  # additive smoothing tried on validation
 NOT_SOURCES = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -181,7 +184,7 @@ def divide_text(request: Request, given: dict[str, bytes]) -> tuple[list[bytes],
 def text_files(argument: str) -> list[Path]:
     """The files that `text:ARGUMENT` names; of a folder, those that end in one of SUFFIXES, at any depth, sorted.
 
-    ValueError for a path that does not exist, a folder without text, or a file that is named twice.
+    ValueError for a path that does not exist, a folder without text, or a file that is compressed or named twice.
     """
     whole = Path(argument)
     files: list[Path] = []
@@ -199,6 +202,9 @@ def text_files(argument: str) -> list[Path]:
                 "been trained on; name it once."
             )
         seen.add(path.resolve())
+        with path.open("rb") as file:
+            if COMPRESSED.match(file.read(16)):
+                raise ValueError(f"{str(path)!r} is compressed, so that its bytes are no text; unpack it first.")
     return files
 
 
