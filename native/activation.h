@@ -89,7 +89,7 @@ template <int ACT, bool GRAD> static INLINE vf activation(vf s, vf &slope) {
   } else if constexpr (ACT == FORMIX_IDENTITY) {
     if (GRAD) slope = one;
     return s;
-  } else if constexpr (ACT == FORMIX_SIGMOID) {
+  } else if constexpr (ACT == FORMIX_SIGMOID || ACT == FORMIX_SIGMOID_BIAS) {  // the caller has added the bias
     vf h = vsigmoid(s);
     if (GRAD) slope = h * (1.0f - h);
     return h;
@@ -110,7 +110,7 @@ template <int ACT, bool GRAD> static INLINE vf activation(vf s, vf &slope) {
   }
 }
 
-// Calls f(integral constant of the activation). The biased sigmoid is the sigmoid after the caller has added the bias.
+// Calls f(integral constant of the activation).
 template <class F> static INLINE void with_activation(int64_t act, F f) {
   switch (act) {
     case FORMIX_RELU: return f(Constant<FORMIX_RELU>{});
@@ -120,6 +120,7 @@ template <class F> static INLINE void with_activation(int64_t act, F f) {
     case FORMIX_SOFTPLUS: return f(Constant<FORMIX_SOFTPLUS>{});
     case FORMIX_IDENTITY: return f(Constant<FORMIX_IDENTITY>{});
     case FORMIX_RELU6: return f(Constant<FORMIX_RELU6>{});
-    default: return f(Constant<FORMIX_SIGMOID>{});
+    case FORMIX_SIGMOID: return f(Constant<FORMIX_SIGMOID>{});
+    default: return f(Constant<FORMIX_SIGMOID_BIAS>{});
   }
 }

@@ -180,6 +180,14 @@ def test_activation_in_bfloat16(isa, activation):
         assert out.item() == pytest.approx(limit, abs=1e-30)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_biased_sigmoid_of_long_sequences(isa, dtype):
+    """Its weights are about 1 / L, far below what is lost of the others' in bfloat16."""
+    for length in (1000, 65536):
+        options = {"activation": "sigmoid_bias", "length_exponent": 0.0, "length": length}
+        check(native.pointwise_attention, pointwise, qkv(n=96, dtype=dtype), TOLERANCE[dtype], floor=0, **options)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_is_not_hidden(isa, activation):
     q, k, v = qkv(b=1, h=1, n=20)
