@@ -199,6 +199,7 @@ REFUSED = {
     "float_mask": ((X, X, X), {"key_padding_mask": torch.ones(2, 5)}, "boolean mask"),
     "mask_shape": ((X, X, X), {"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, r"\[B, Nk\] = \[2, 5\]"),
     "mask_list": ((X, X, X), {"key_padding_mask": [True]}, "key_padding_mask is a list"),
+    "mask_device": ((X, X, X), {"key_padding_mask": torch.ones(2, 5, device="meta").bool()}, "mask on meta"),
     "two_dtypes": ((X, X.half(), X), {}, "must be the same"),
     "heads": ((X, X[:, :1], X[:, :1]), {}, "3 heads, key 1"),
     "sparse": ((X, X.to_sparse(), X), {}, r"key has layout torch\.sparse_coo; .* to_dense"),

@@ -173,8 +173,8 @@ def test_an_additive_mask_may_come_with_a_causal_one():
 
 @pytest.mark.parametrize(
     "source",
-    [X[:, :2], X[:, :, :3], X[..., :4], X.double(), [1.0]],
-    ids=["heads", "tokens", "head_size", "dtype", "list"],
+    [X[:, :2], X[:, :, :3], X[..., :4], X.double(), X.to("meta"), [1.0]],
+    ids=["heads", "tokens", "head_size", "dtype", "device", "list"],
 )
 def test_refused_source_shapes(source):
     with pytest.raises(ValueError, match="they must agree"):

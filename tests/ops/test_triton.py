@@ -124,13 +124,12 @@ def test_another_length_compiles_nothing(launched):
 
 def test_old_gpus_are_refused(monkeypatch):
     """They have no tf32 and no bfloat16, and Triton does not support them."""
-    from formix.ops.triton import cannot_run_l1, cannot_run_pointwise
+    from formix.ops.triton import cannot_run
 
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
     monkeypatch.setattr("formix.ops.triton.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {1: (7, 5)}[device])
-    for reason in (cannot_run_pointwise(x, x, x), cannot_run_l1(x, x, x)):
-        assert reason == "the GPU has compute capability 7.5, and the kernels need 8.0"
+    assert cannot_run(x, x, x) == "the GPU has compute capability 7.5, and the kernels need 8.0"
 
 
 def interpret(*arguments):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from formix.ops import repeated, triton
-from formix.ops.masks import autocast_inputs, check_layout, check_number, check_qkv, without_autocast
+from formix.ops.masks import autocast_inputs, check_beside, check_number, check_qkv, without_autocast
 from formix.ops.registry import NO_KERNELS, choose, native_module
 
 ORDERS = ("auto", "qk_v", "q_kv", "fused")
@@ -69,7 +69,7 @@ def l1_attention(
             return f"the kernels know the fused order only, not {order!r}"
         if eps < 1e-18:
             return f"eps is {eps}, and the kernels' factor 1 / eps^2 must not leave float32's range (eps >= 1e-18)"
-        return kernels.cannot_run_l1(query, key, value, key_padding_mask)
+        return kernels.cannot_run(query, key, value)
 
     chosen = choose("l1_attention", impl, query.device, refusal)
     if chosen == "native":
@@ -117,7 +117,7 @@ def _check_padding(mask: Tensor | None, key: Tensor) -> None:
         raise ValueError(f"key_padding_mask is a {type(mask).__name__}; pass a boolean tensor, True = a token.")
     if mask.dtype != torch.bool:
         raise ValueError(f"key_padding_mask has dtype {mask.dtype}; pass a boolean mask, True = a token.")
-    check_layout("key_padding_mask", mask)
+    check_beside("key_padding_mask", mask, key)
     if mask.shape != (key.shape[0], key.shape[2]):
         raise ValueError(
             f"key_padding_mask has shape {list(mask.shape)}; it must be [B, Nk] = {[key.shape[0], key.shape[2]]}."

@@ -84,6 +84,13 @@ def check_layout(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has layout {x.layout}; it must be dense, torch.strided: use {dense}.")
 
 
+def check_beside(name: str, x: Tensor, query: Tensor) -> None:
+    """Raise `ValueError` unless a mask, say, is dense and on query's device."""
+    check_layout(name, x)
+    if x.device != query.device:
+        raise ValueError(f"query is on {query.device} and {name} on {x.device}; move them to one device.")
+
+
 def check_number(name: str, value: Any, *, low: float = -math.inf, below: float = math.inf) -> None:
     """Raise `ValueError` unless low <= value < below; numbers that torch.compile traces count as numbers.
 
@@ -117,7 +124,7 @@ def check_attn_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor, *, add
             f"attn_mask has dtype {attn_mask.dtype}; without a softmax an additive mask has no meaning. "
             "Pass a boolean mask, True = attend."
         )
-    check_layout("attn_mask", attn_mask)
+    check_beside("attn_mask", attn_mask, query)
     target = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     try:
         fits = torch.broadcast_shapes(attn_mask.shape, target) == torch.Size(target)

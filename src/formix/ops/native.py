@@ -24,8 +24,7 @@ from formix.ops.operators import library as operators
 
 __all__ = [
     "available",
-    "cannot_run_l1",
-    "cannot_run_pointwise",
+    "cannot_run",
     "isas",
     "l1_attention",
     "pointwise_attention",
@@ -42,28 +41,17 @@ _ACTIVATIONS = {  # FormixActivation
 _NO_TENSOR, _NO_MASK = (0,) * 4, (0,) * 5
 
 
-def cannot_run_pointwise(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> str | None:
-    """Why the kernels cannot run this pointwise attention, or None if they can."""
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        return f"the mask is {attn_mask.dtype}, and the kernels take boolean masks"
-    return _cannot_run(query, key, value, attn_mask)
-
-
-def cannot_run_l1(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> str | None:
-    """Why the kernels cannot run this l1 attention, or None if they can."""
-    return _cannot_run(query, key, value, key_padding_mask)
-
-
 _USABLE = available()  # once and here: torch.compile cannot trace the search for the library
 
 
-def _cannot_run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+def cannot_run(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, or None if they can."""
     usable, reason = _USABLE
     if not usable:
         return reason
     if query.device.type != "cpu":
         return f"query is on {query.device}, and the kernels run on the CPU"
-    return cannot_take(query, key, value, mask)
+    return cannot_take(query, key, value)
 
 
 def pointwise_attention(

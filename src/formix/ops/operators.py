@@ -32,13 +32,11 @@ def _transformed() -> bool:
 _transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def cannot_take(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+def cannot_take(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why no kernel, on whatever device, takes these tensors, or None if they can be taken. Query, key and value are of
     one type and on one device."""
     if _transformed() or forward_ad._current_level >= 0:
         return "the kernels know backward differentiation alone, no transforms of torch.func and no forward mode"
-    if mask is not None and mask.device != query.device:
-        return f"query is on {query.device} and the mask on {mask.device}"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype not in TYPES:
             return f"{name} is {tensor.dtype}, and the kernels take float32, bfloat16 and float16"

@@ -12,7 +12,7 @@ from formix.ops import repeated, triton
 from formix.ops.masks import (
     autocast_inputs,
     check_attn_mask,
-    check_layout,
+    check_beside,
     check_number,
     check_qkv,
     repeat_heads,
@@ -116,7 +116,7 @@ def pointwise_attention(
             return NO_KERNELS
         if dropout_p > 0 or attn_bias is not None:
             return f"the kernels have no {'dropout of weights' if dropout_p > 0 else 'bias of the scores'}"
-        return kernels.cannot_run_pointwise(query, key, value, attn_mask)
+        return kernels.cannot_run(query, key, value)
 
     chosen = choose("pointwise_attention", impl, query.device, refusal)
     if chosen == "native":
@@ -169,8 +169,9 @@ def _reference(
 def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> None:
     target = [*query.shape[:3], key.shape[2]]
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
-        raise ValueError(f"attn_bias is {bias!r}; pass a floating-point tensor that broadcasts to {target}.")
-    check_layout("attn_bias", bias)
+        given = f"has dtype {bias.dtype}" if isinstance(bias, Tensor) else f"is a {type(bias).__name__}"
+        raise ValueError(f"attn_bias {given}; pass a floating-point tensor that broadcasts to {target}.")
+    check_beside("attn_bias", bias, query)
     if bias.dim() > 4 or any(n not in (1, t) for n, t in zip(bias.shape[::-1], target[::-1], strict=False)):
         raise ValueError(f"attn_bias has shape {list(bias.shape)}; it must broadcast to {target}.")
 

@@ -87,12 +87,16 @@ def skip_layer_attention(
 
 def select_heads(own: Tensor, source: Tensor, skip_heads: int | Sequence[int]) -> Tensor:
     """`own` [B, Hkv, N, D] with the given heads (the first n, or by number) replaced by `source`'s."""
-    if not isinstance(source, Tensor) or own.shape != source.shape or own.dtype != source.dtype:
-        theirs = f"{list(source.shape)} in {source.dtype}" if isinstance(source, Tensor) else repr(source)
-        raise ValueError(
-            f"This layer's keys or values are {list(own.shape)} in {own.dtype}, the source layer's {theirs}; "
-            "they must agree."
+    if (
+        not isinstance(source, Tensor)
+        or own.shape != source.shape
+        or own.dtype != source.dtype
+        or own.device != source.device
+    ):
+        ours, theirs = (
+            f"{list(t.shape)} in {t.dtype} on {t.device}" if isinstance(t, Tensor) else repr(t) for t in (own, source)
         )
+        raise ValueError(f"This layer's keys or values are {ours}, the source layer's {theirs}; they must agree.")
     check_layout("The source layer's keys or values", source)
     h = own.shape[1]
     heads = _heads(skip_heads)

@@ -46,23 +46,14 @@ def _too_old(device: int | None) -> str | None:
 _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def cannot_run_pointwise(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> str | None:
-    """Why the kernels cannot run this pointwise attention, or None if they can."""
-    return _cannot_run(query, key, value, attn_mask)
-
-
-def cannot_run_l1(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> str | None:
-    """Why the kernels cannot run this l1 attention, or None if they can."""
-    return _cannot_run(query, key, value, key_padding_mask)
-
-
-def _cannot_run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+def cannot_run(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, or None if they can."""
     if not _FOUND or not (query.is_cuda or INTERPRETED):
         usable, reason = available()
         return f"query is on {query.device}, and the kernels run on GPUs" if usable else reason
     if query.is_cuda and not INTERPRETED and (old := _too_old(query.device.index)) is not None:
         return old
-    return cannot_take(query, key, value, mask)
+    return cannot_take(query, key, value)
 
 
 def pointwise_attention(
