@@ -108,6 +108,7 @@ def test_tokens_are_not_mixed():
     assert torch.equal(across != 0, torch.eye(5, dtype=torch.bool))
 
 
+ONES = torch.ones(INNER)
 REFUSED = {
     "activation": ({}, {"activation": "relu6"}, "activation is 'relu6'"),
     "x": ({"x": torch.zeros(2, C + 1)}, {}, f"x has {C + 1} channels"),
@@ -117,7 +118,8 @@ REFUSED = {
     "output": ({"weight_3": torch.zeros(C + 1, INNER)}, {}, r"weight_3 \[7, 10\]"),
     "bias": ({"bias_1": torch.zeros(INNER + 1)}, {}, r"bias_1 \[11\]"),
     "norm": ({"norm_weight": torch.ones(C)}, {}, r"norm_weight \[6\]"),
-    "second norm alone": ({"norm_2_weight": torch.ones(INNER)}, {}, "without norm_weight"),
+    "second norm alone": ({"norm_2_weight": ONES}, {}, "norm_2_weight given without norm_weight"),
+    "second bias alone": ({"norm_weight": ONES, "norm_2_bias": ONES}, {}, "norm_2_bias given without norm_2_weight"),
     "dtype": ({"weight_3": torch.zeros(C, INNER, dtype=torch.float64)}, {}, "weight_3 torch.float64"),
     "list": ({"x": [1.0]}, {}, "x is a list"),
     "whole numbers": ({"x": torch.ones(2, C, dtype=torch.long)}, {}, "x has dtype torch.int64"),

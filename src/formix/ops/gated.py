@@ -113,7 +113,10 @@ def _check_tensors(
             f"weight_1 is {list(first.shape)} and {', '.join(wrong)}; they must be [F, C] (weight_1, weight_2), [C, F] "
             "(weight_3), [F] (bias_1, bias_2, norms) and [C] (bias_3)."
         )
-    if norms["norm_weight"] is None and any(
-        norms[k] is not None for k in ("norm_bias", "norm_2_weight", "norm_2_bias")
+    for needed, others in (
+        ("norm_weight", ("norm_bias", "norm_2_weight", "norm_2_bias")),
+        ("norm_2_weight", ("norm_2_bias",)),
     ):
-        raise ValueError("norm_bias or norm_2_weight is given without norm_weight; give norm_weight or leave all out.")
+        lonely = [k for k in others if norms[k] is not None and norms[needed] is None]
+        if lonely:
+            raise ValueError(f"{' and '.join(lonely)} given without {needed}; give {needed} too or leave all out.")
