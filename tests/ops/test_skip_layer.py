@@ -149,6 +149,9 @@ REFUSED = {
     "softmax_mask_integers": ({"skip_heads": 1, "attn_mask": torch.ones(5, 5).long()}, "dtype torch.int64"),
     "pointwise_float_mask": ({"skip_heads": 1, "mixer": "pointwise", "attn_mask": torch.ones(5, 5)}, "boolean mask"),
     "dropout": ({"skip_heads": 1, "dropout_p": 2.0}, "dropout_p is 2.0"),
+    "scale_word": ({"skip_heads": 1, "scale": "small"}, "scale is 'small'"),
+    "scale_nan": ({"skip_heads": 1, "scale": float("nan")}, "scale is nan"),
+    "causal_word": ({"skip_heads": 1, "is_causal": "yes"}, "is_causal is 'yes'"),
     "softmax_option": ({"skip_heads": 1, "activation": "relu"}, "options of mixer='pointwise'"),
     "softmax_impl": ({"skip_heads": 1, "impl": "native"}, "cannot run softmax"),
 }

@@ -107,6 +107,14 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, below: float 
         )
 
 
+def check_scores(is_causal: bool, scale: float | None) -> None:
+    """Raise `ValueError` unless `is_causal` is one of two and `scale` None or a finite number."""
+    if is_causal not in (True, False):
+        raise ValueError(f"is_causal is {is_causal!r}; it must be True or False.")
+    if scale is not None:
+        check_number("scale", scale)
+
+
 def check_attn_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor, *, additive: bool = False) -> None:
     """Raise `ValueError` unless the mask is boolean, or with `additive` of query's dtype, and broadcasts to
     [B, H, Nq, Nk]."""

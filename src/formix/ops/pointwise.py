@@ -15,6 +15,7 @@ from formix.ops.masks import (
     check_beside,
     check_number,
     check_qkv,
+    check_scores,
     repeat_heads,
     visible_length,
     visible_mask,
@@ -95,9 +96,8 @@ def pointwise_attention(
     check_attn_mask(attn_mask, query, key)
     if attn_bias is not None:
         _check_bias(attn_bias, query, key)
-    _check_options(activation, length_exponent, length, is_causal, dropout_p)
-    if scale is not None:
-        check_number("scale", scale)
+    check_scores(is_causal, scale)
+    _check_options(activation, length_exponent, length, dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if activation == "sigmoid_bias":
         length_exponent = 0.0
@@ -176,9 +176,7 @@ def _check_bias(bias: Tensor, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"attn_bias has shape {list(bias.shape)}; it must broadcast to {target}.")
 
 
-def _check_options(
-    activation: str, length_exponent: float, length: int | None, is_causal: bool, dropout_p: float
-) -> None:
+def _check_options(activation: str, length_exponent: float, length: int | None, dropout_p: float) -> None:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}.")
     check_number("length_exponent", length_exponent, low=0)
@@ -189,6 +187,4 @@ def _check_options(
         )
     if length is not None and (isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)) or length < 1):
         raise ValueError(f"length is {length!r}; it must be None or a positive whole number of keys.")
-    if is_causal not in (True, False):
-        raise ValueError(f"is_causal is {is_causal!r}; it must be True or False.")
     check_number("dropout_p", dropout_p, low=0, below=1)
