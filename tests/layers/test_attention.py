@@ -68,7 +68,10 @@ def test_masks_and_causal(case):
     x = torch.randn(2, 7, DIM, dtype=torch.float64)
     mask = torch.rand(2, 1, 7, 7) > 0.3
     mask[..., 0] = True
-    for arguments in ({"attn_mask": mask}, {"is_causal": True}, {"attn_mask": mask, "is_causal": True}):
+    keys = torch.arange(7) < 5
+    for arguments in (
+        {"attn_mask": mask}, {"attn_mask": keys}, {"is_causal": True}, {"attn_mask": mask, "is_causal": True},
+    ):  # fmt: skip
         close(layer(x, **arguments), by_hand(layer, x, operator, **arguments), 1e-10)
 
 

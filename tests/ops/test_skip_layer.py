@@ -42,6 +42,7 @@ def mask():
 ARGUMENTS = {
     "plain": dict,
     "mask": lambda: {"attn_mask": mask()},
+    "keys": lambda: {"attn_mask": torch.arange(5) < 3},
     "causal": lambda: {"is_causal": True},
     "causal_mask": lambda: {"is_causal": True, "attn_mask": mask()},
     "scale": lambda: {"scale": 0.7},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from formix.design import Mixer, Pointwise, Sima, Softmax
 from formix.ops import l1_attention, pointwise_attention
-from formix.ops.masks import causal_mask, repeat_heads, visible_mask
+from formix.ops.masks import repeat_heads, softmax_mask, visible_mask
 from formix.ops.registry import is_portable
 
 # mixer, query, key, and if there are: the boolean mask of visible pairs, the bias of the scores
@@ -64,8 +64,7 @@ def attend(
         boolean = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > float("-inf")
         watcher(mixer, query, key, visible_mask(boolean, is_causal, query, key), attn_bias)
     if isinstance(mixer, Softmax):  # no match: PyTorch 2.6 cannot trace its patterns
-        if is_causal and attn_mask is not None:
-            attn_mask, is_causal = causal_mask(attn_mask, query, key), False
+        attn_mask, is_causal = softmax_mask(attn_mask, is_causal, query, key)
         if is_portable():
             return _portable_softmax(query, key, value, attn_mask, attn_bias, is_causal, dropout_p, scale)
         return F.scaled_dot_product_attention(

@@ -153,11 +153,17 @@ def visible_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: 
     return causal if attn_mask is None else attn_mask & causal
 
 
-def causal_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A boolean or additive mask with the causal one put in, for softmax, which takes either."""
-    causal = visible_mask(None, True, query, key)
-    assert causal is not None
-    return attn_mask & causal if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~causal, float("-inf"))
+def softmax_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
+    """A boolean or additive mask and `is_causal` as `scaled_dot_product_attention` takes them: not both, and no mask of
+    fewer than two dimensions."""
+    if attn_mask is None:
+        return None, is_causal
+    if is_causal:
+        causal = visible_mask(None, True, query, key)
+        assert causal is not None
+        boolean = attn_mask.dtype == torch.bool
+        attn_mask = attn_mask & causal if boolean else attn_mask.masked_fill(~causal, float("-inf"))
+    return torch.atleast_2d(attn_mask), False
 
 
 def visible_length(mask: Tensor | None, key: Tensor) -> Tensor | int:

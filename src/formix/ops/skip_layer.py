@@ -11,12 +11,12 @@ from torch import Tensor
 
 from formix.ops.masks import (
     autocast_inputs,
-    causal_mask,
     check_attn_mask,
     check_layout,
     check_number,
     check_qkv,
     check_scores,
+    softmax_mask,
 )
 from formix.ops.pointwise import pointwise_attention
 
@@ -86,10 +86,9 @@ def skip_layer_attention(
     check_attn_mask(attn_mask, query, key, additive=True)
     check_scores(is_causal, scale)
     check_number("dropout_p", dropout_p, low=0, below=1)
-    if is_causal and attn_mask is not None:
-        attn_mask, is_causal = causal_mask(attn_mask, query, key), False
+    attn_mask, is_causal = softmax_mask(attn_mask, bool(is_causal), query, key)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, is_causal=bool(is_causal), dropout_p=dropout_p, scale=scale,
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale,
         enable_gqa=enable_gqa,
     )  # fmt: skip
 
