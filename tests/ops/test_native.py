@@ -525,13 +525,14 @@ def test_refusals_name_the_reason():
         native.set_isa("mmx")
 
 
-@pytest.mark.parametrize("name", ["portable", "mmx"])
+@pytest.mark.parametrize("name", ["portable", "mmx", ""])
 def test_environment_forces_an_instruction_set(name):
     code = "from formix.ops import native; print(native.available())"
-    out = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "FORMIX_ISA": name}, capture_output=True, text=True, check=True
-    ).stdout
-    assert ("(True, 'portable')" in out) if name == "portable" else ("FORMIX_ISA=mmx" in out)
+    )
+    assert {"portable": "(True, 'portable')", "mmx": "FORMIX_ISA=mmx", "": "(True, "}[name] in done.stdout
+    assert ("FORMIX_ISA=mmx cannot be used" in done.stderr) == (name == "mmx")
 
 
 def test_a_library_of_another_version_is_not_used():

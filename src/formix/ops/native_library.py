@@ -64,11 +64,13 @@ def _loaded() -> ctypes.CDLL | UnavailableError:
         getattr(library, name).restype = ctypes.c_char_p
     for name in ("pointwise_forward", "pointwise_backward", "l1_forward", "l1_backward"):
         getattr(library, f"formix_{name}").argtypes = [ctypes.c_void_p]
-    wanted = os.environ.get("FORMIX_ISA", "auto")
+    wanted = os.environ.get("FORMIX_ISA") or "auto"
     if library.formix_set_isa(wanted.encode()):
         known = {**_isas(library), "auto": ""}
         why = known.get(wanted, f"the names are {', '.join(known)}")
-        return UnavailableError(f"FORMIX_ISA={wanted} cannot be used: {why}")
+        refused = UnavailableError(f"FORMIX_ISA={wanted} cannot be used: {why}")
+        _log.warning("%s. Attention runs as plain PyTorch.", refused)  # asked for, so not in silence
+        return refused
     return library
 
 

@@ -80,7 +80,11 @@ def _native_state() -> tuple[bool, str]:
 
 
 def implementations() -> list[Implementation]:
-    """Which implementation of which operator can run here, on which instruction set, and why not otherwise."""
+    """Which implementation of which operator can run here, on which instruction set, and why not otherwise.
+
+    The environment variable FORMIX_ISA, set to avx512_bf16, avx512, avx2 or portable, holds the CPU kernels to a lower
+    instruction set than the best; FORMIX_NATIVE=0 turns them off.
+    """
     rows = []
     for op in OPERATORS:
         states = {"reference": (True, "any device of PyTorch")}
