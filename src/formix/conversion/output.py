@@ -74,7 +74,8 @@ class ConversionDirectory:
         if tokenizer is not None and own_tokenizer(self.path) is None:
             load_tokenizer(tokenizer).save_pretrained(self.path)
         if conversion.speed:
-            write_report(conversion.to_dict(), self.path / REPORT)
+            searched = json.loads(self.search.read_text()) if self.search.is_file() else None
+            write_report(conversion.to_dict(), self.path / REPORT, search=searched)
 
     def found(self, request: dict[str, Any]) -> list[int] | None:
         """The layers that a search of the same conversion chose before it was killed."""

@@ -32,8 +32,9 @@ def measure_speed(source: Any, model: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def write_report(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """The page of a record (`Conversion.to_dict`): match error by layer, metrics by step, speed by length."""
+def write_report(record: dict[str, Any], path: str | os.PathLike[str], *, search: dict[str, Any] | None = None) -> None:
+    """The page of a record (`Conversion.to_dict`): match error by layer, metrics by step, speed by length; and of the
+    `search` (`Search.to_dict`) that chose the layers, its curve."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("formix.conversion"), autoescape=True, trim_blocks=True,
@@ -41,7 +42,8 @@ def write_report(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     errors: dict[str, list[float]] = record["match_errors"]
     highest = max((value for values in errors.values() for value in values), default=1.0) or 1.0
     names = list(next(iter(record["metrics"].values()), {}))
-    page = environment.get_template("report.html.j2").render(record=record, errors=errors, highest=highest, names=names)
+    template = environment.get_template("report.html.j2")
+    page = template.render(record=record, errors=errors, highest=highest, names=names, search=search)
     write_atomically(path, page)
 
 
