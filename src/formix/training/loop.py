@@ -190,7 +190,7 @@ class _Run:
         return from_first(self.clock.seconds) / self.config.seconds
 
     def _batches(self) -> Iterator[Batch]:
-        return iter(self.order.loader(self.place.epoch, self.place.batch, workers=self.workers))
+        return self.order.batches(self.place.epoch, self.place.batch, workers=self.workers)
 
     def _step(self, batches: Iterator[Batch], progress: float) -> None:
         """One step of the optimiser on the next batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,9 +48,31 @@ class BatchOrder:
             batch_sampler=_Endless(self, epoch, step),
             collate_fn=collate,
             num_workers=workers,
+            worker_init_fn=_outlive_sigterm,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # the loader's own draws leave the global state alone
         )
+
+    def batches(self, epoch: int, step: int, *, workers: int = 0) -> Iterator[Batch]:
+        """What `loader` reads.
+
+        Raises:
+            ValueError: what a process that loads data raised, in its words, or that such a process was killed.
+        """
+        loader = iter(self.loader(epoch, step, workers=workers))
+        while True:
+            try:
+                batch = next(loader)
+            except ValueError as error:  # PyTorch puts the worker's traceback before them
+                raise ValueError(str(error).rpartition("\nValueError: ")[2]) from error
+            except (ConnectionError, EOFError, RuntimeError) as error:
+                if workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error)):
+                    raise
+                raise ValueError(
+                    f"A process that loads data (workers={workers}) was killed, perhaps because memory ran out; start "
+                    "the same command again, with fewer workers if it happens again."
+                ) from error
+            yield batch
 
     def walk(self, epoch: int, step: int) -> Iterator[list[int]]:
         """The indices of the parts that `loader` reads."""
@@ -63,6 +86,11 @@ class BatchOrder:
     def _parts(self, samples: Any) -> list[Any]:
         mine, most = samples[self.process :: self.processes], math.ceil(len(samples) / self.processes)
         return [mine[start : start + self.part_size] for start in range(0, most, self.part_size)]
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A signal to all processes of a run (Slurm's, systemd's) is for the one that saves, which still needs batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Endless:

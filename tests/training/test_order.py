@@ -1,0 +1,54 @@
+"""Batches out of other processes: what goes wrong there is said in one sentence here."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from formix.data import BatchDataset
+from formix.training.order import BatchOrder
+
+
+class Numbers(BatchDataset):
+    """Its own indices; of one of them something else happens than reading it."""
+
+    def __init__(self, at, action):
+        self.at, self.action = at, action
+
+    def __len__(self):
+        return 12
+
+    def __getitems__(self, indices):
+        if self.at in indices:
+            self.action()
+        return {"labels": torch.tensor(indices)}
+
+
+def unreadable():
+    raise ValueError("The image 'x.png' cannot be read (it is no image); repair or remove it.")
+
+
+def batches(action, workers=1):
+    dataset = Numbers(5, action)
+    order = BatchOrder(dataset, batch_size=4, accumulation=1, seed=0, process=0, processes=1)
+    read = order.batches(0, 0, workers=workers)
+    return torch.cat([next(read)["labels"] for _ in range(order.steps_per_epoch)])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_read_is_named_in_the_same_sentence(workers):
+    with pytest.raises(
+        ValueError, match=r"^The image 'x\.png' cannot be read \(it is no image\); repair or remove it\.$"
+    ):
+        batches(unreadable, workers)
+
+
+def test_a_process_that_is_killed_ends_the_run_in_one_sentence():
+    with pytest.raises(ValueError, match=r"loads data \(workers=1\) was killed.*start the same command again"):
+        batches(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_signal_to_all_processes_leaves_those_that_load_data_to_the_one_that_saves():
+    read = batches(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert sorted(read.tolist()) == list(range(12))
