@@ -18,6 +18,7 @@ import formix
 from formix.cli import main
 from formix.data.glue import train_wordpiece
 from formix.data.text import load_tokenizer
+from formix.records import UNFINISHED
 from formix.training import Point, Step, job
 from formix.training.job import DiagnosticsFile, MetricsFile, OutputDirectory
 from formix.training.trackers import Trackers
@@ -277,6 +278,14 @@ def test_diagnostics_have_every_layer_at_every_evaluation_and_change_nothing(tra
     for step in evaluated:
         assert {row["figure"] for row in figures if row["step"] == step} == {"rms", "spread", "active"}
     assert list((out / "tensorboard").glob("events*"))
+
+
+def test_a_start_that_was_killed_while_it_wrote_its_settings_leaves_nothing_that_the_next_one_minds(tmp_path):
+    (tmp_path / f".config.json.4321{UNFINISHED}").write_text('{"data"')  # as `write_atomically` has it
+    OutputDirectory(tmp_path)
+    (tmp_path / "thesis.txt").write_text("important")
+    with pytest.raises(ValueError, match="no training run of formix's"):
+        OutputDirectory(tmp_path)
 
 
 def test_a_second_start_leaves_the_first_alone(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
+UNFINISHED = ".tmp"  # how a file that is being written ends, in a name that begins with a dot
 
 
 def read(kind: type[Record], path: str | os.PathLike[str], writer: str) -> Record:
@@ -118,7 +119,7 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Replace the file at `path` in one step, so that a crash leaves the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

@@ -14,6 +14,7 @@ from filelock import FileLock
 from formix.comparison import CompareConfig, compare, read_results
 from formix.data.glue import train_wordpiece
 from formix.environment import capture_environment
+from formix.records import UNFINISHED
 from formix.training.job import LOCK
 
 SMALL = {
@@ -167,6 +168,12 @@ def test_a_start_that_could_not_write_leaves_nothing_that_the_next_one_minds(tmp
         with pytest.raises(OSError, match="No space"):
             compare(config)
     assert len(compare(config).runs) == 1
+
+
+def test_a_start_that_was_killed_while_it_wrote_its_settings_leaves_nothing_that_the_next_one_minds(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".config.json.4321{UNFINISHED}").write_text('{"defi')  # as `write_atomically` has it
+    assert len(compare(CompareConfig(**{**SMALL, "seeds": 1}, out=str(tmp_path / "out"))).runs) == 2
 
 
 def test_one_comparison_at_a_time_has_a_directory(tmp_path):

@@ -40,7 +40,7 @@ from formix.design import design as find_design
 from formix.environment import capture_environment
 from formix.records import write_atomically
 from formix.training import Objective, Step, evaluate, task_objective, train
-from formix.training.job import LOCK
+from formix.training.job import LOCK, is_free
 
 _log = logging.getLogger("formix")
 
@@ -263,7 +263,7 @@ def _claimed(out: Path, config: CompareConfig, data: Data) -> Iterator[None]:
             raise ValueError(
                 f"{out} holds a comparison with another {', '.join(changed)}; remove it or choose another --out."
             )
-    elif out.exists() and (not out.is_dir() or any(p.name != LOCK for p in out.iterdir())):
+    elif out.exists() and not is_free(out):
         raise _foreign(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK, timeout=0)

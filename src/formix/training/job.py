@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from formix.data import Data
 from formix.data.config import DataConfig
 from formix.data.masking import masked_lm
-from formix.records import write_atomically
+from formix.records import UNFINISHED, write_atomically
 from formix.training.parallel import Parallel
 from formix.training.progress import Step
 
@@ -85,8 +85,7 @@ class OutputDirectory:
         self.diagnostics = self.path / "diagnostics.csv"
         self.model, self.checkpoints = self.path / "model", self.path / "checkpoints"
         self._lock = FileLock(self.path / LOCK, timeout=PATIENCE)
-        taken = self.path.exists() and (not self.path.is_dir() or any(p.name != LOCK for p in self.path.iterdir()))
-        if taken and not self._is_of_a_run():
+        if self.path.exists() and not is_free(self.path) and not self._is_of_a_run():
             raise ValueError(f"{self.path} exists and is no training run of formix's; choose another with --out.")
 
     def _is_of_a_run(self) -> bool:
@@ -127,6 +126,14 @@ class OutputDirectory:
         shutil.rmtree(self.model, ignore_errors=True)
         new.replace(self.model)
         write_atomically(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def is_free(path: Path) -> bool:
+    """Whether a directory has nothing in it but what a start that was killed leaves: its lock, and a settings file that
+    was being written."""
+    return path.is_dir() and all(
+        p.name == LOCK or (p.name.startswith(".") and p.name.endswith(UNFINISHED)) for p in path.iterdir()
+    )
 
 
 def trained_model(directory: Path) -> tuple[Path, dict[str, Any]]:
