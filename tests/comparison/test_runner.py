@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+import formix
 from formix.comparison import CompareConfig, compare, read_results
 from formix.data.glue import train_wordpiece
 from formix.environment import capture_environment
@@ -208,6 +209,18 @@ def test_a_directory_of_another_tokenizer_under_the_same_name_is_refused(tmp_pat
     words.add_tokens("The cat")
     words.save_pretrained(config.tokenizer)
     with pytest.raises(ValueError, match="another contents of data and tokenizer"):
+        compare(config)
+
+
+def test_a_directory_of_other_weights_under_the_same_name_is_refused(tmp_path):
+    settings = {**SMALL, "designs": "softmax", "seeds": 1, "epochs": 1.0, "model_args": {}}
+    model = {"img_size": 8, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
+    config = CompareConfig(**settings, model=str(tmp_path / "model"), out=str(tmp_path / "out"))
+    formix.save(formix.create_model("vit_tiny_patch16_224", design="softmax", **model), config.model)
+    before = compare(config)
+    assert compare(config).runs == before.runs
+    formix.save(formix.create_model("vit_tiny_patch16_224", design="softmax", **model), config.model)
+    with pytest.raises(ValueError, match="another contents of model"):
         compare(config)
 
 

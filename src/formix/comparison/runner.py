@@ -245,10 +245,21 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _contents(model: Path) -> str:
+    """SHA-256 of the config and the weights that every run begins with."""
+    digest = hashlib.sha256()
+    for path in (model / "config.json", *sorted(model.glob("*.safetensors"))):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def _claimed(out: Path, config: CompareConfig, data: Data) -> Iterator[None]:
     """The directory is this comparison's, and this process's until the end; one that is another's is refused."""
     defining = _defining(config) | {f"contents of {config.contents}": data.provenance.get("sha256")}
+    if config.model is not None and Path(config.model).is_dir():
+        defining["contents of model"] = _contents(Path(config.model))
     path, mine = out / "config.json", {"defining": defining, "config": dataclasses.asdict(config)}
     if path.is_file():
         try:
