@@ -65,6 +65,22 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "vit": lambda: timm.create_model(
         "vit_small_patch16_224", img_size=32, embed_dim=32, depth=3, num_heads=4, num_classes=7
     ),
+    "vit-own": lambda: timm.create_model(
+        "vit_small_patch16_224",
+        img_size=32,
+        patch_size=(8, 16),
+        embed_dim=32,
+        depth=3,
+        num_heads=4,
+        num_classes=7,
+        global_pool="avg",
+        pool_include_prefix=True,
+        dynamic_img_size=True,
+        dynamic_img_pad=True,
+    ),
+    "vit-swiglu": lambda: timm.create_model(
+        "aimv2_large_patch14_224", img_size=28, embed_dim=32, depth=3, num_heads=4, mlp_ratio=2.0, num_classes=7
+    ),
     "deit-distilled": lambda: timm.create_model(
         "deit_tiny_distilled_patch16_224", img_size=32, embed_dim=48, depth=2, num_classes=7
     ),

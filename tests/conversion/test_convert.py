@@ -62,6 +62,11 @@ def test_softmax_has_the_sources_outputs(name: str) -> None:
         torch.testing.assert_close(ours[seen], theirs[seen], rtol=0, atol=1e-10)
 
 
+def test_images_of_any_size_are_padded_as_the_source_does() -> None:
+    source, images = make("vit-own"), torch.randn(2, 3, 21, 45, dtype=torch.float64)
+    torch.testing.assert_close(formix.convert(source, "softmax")(images), source(images), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
 def test_positions_of_dinov2_are_resampled_as_transformers_does(kind: str, tmp_path) -> None:
     torch.manual_seed(0)

@@ -57,9 +57,10 @@ def _inputs(source: Any, model: Any) -> list[tuple[str, dict[str, Tensor], dict[
         return [(label, batch, batch) for label, batch in batches]
     own: Any = image_size(model)
     stock = hasattr(source, "config")
-    patch = model.patch_embed.patch_size[0] if not isinstance(model.patch_embed.patch_size, int) else own[0]
-    free = bool(getattr(model, "dynamic_img_size", False))
-    sizes = [(side // patch * patch,) * 2 for side in IMAGES] if free else [own]
+    if getattr(model, "dynamic_img_size", False):
+        sizes = [tuple(side // patch * patch for patch in model.patch_embed.patch_size) for side in IMAGES]
+    else:
+        sizes = [own]
     images = [torch.zeros(1, model.in_chans, *size) for size in sizes]
     return [
         (f"an image of {x.shape[-2]} x {x.shape[-1]}", {"pixel_values": x} if stock else {"x": x}, {"x": x})

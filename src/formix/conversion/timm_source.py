@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import timm
-from timm.layers import LayerScale
+from timm.layers import GluMlp, LayerScale
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -123,7 +123,7 @@ def _common_arguments(model: Any) -> dict[str, Any]:
     return {
         "num_classes": model.num_classes,
         "img_size": list(model.patch_embed.img_size),
-        "patch_size": model.patch_embed.patch_size[0],
+        "patch_size": list(model.patch_embed.patch_size),
         "in_chans": model.in_chans,
         "global_pool": model.global_pool,
         "embed_dim": width,
@@ -137,7 +137,11 @@ def _common_arguments(model: Any) -> dict[str, Any]:
 def _vit_arguments(model: Any) -> dict[str, Any]:
     block = model.blocks[0]
     fc_norm = not isinstance(model.fc_norm, nn.Identity)
-    return _common_arguments(model) | {
+    common = _common_arguments(model)
+    if isinstance(block.mlp, GluMlp):  # here the ratio is of its gate and value together
+        common["mlp_ratio"] = (block.mlp.fc1.out_features + 0.5) / model.embed_dim
+    return common | {
+        "pool_include_prefix": model.pool_include_prefix,
         "qkv_bias": block.attn.qkv.bias is not None,
         "init_values": 1.0 if isinstance(getattr(block, "ls1", None), LayerScale) else None,
         "class_token": model.has_class_token,
@@ -145,6 +149,7 @@ def _vit_arguments(model: Any) -> dict[str, Any]:
         "no_embed_class": model.no_embed_class,
         "pos_embed": "learn" if model.pos_embed is not None else "none",
         "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
         "final_norm": fc_norm or not isinstance(model.norm, nn.Identity),
         "fc_norm": fc_norm,
     }
@@ -159,6 +164,7 @@ def _eva_arguments(model: Any) -> dict[str, Any]:
         "no_embed_class": model.no_embed_class,
         "use_abs_pos_emb": model.pos_embed is not None,
         "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
     }
 
 
