@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers as hf
 import yaml
+from PIL import Image
 from sources import GPT2, TEXT, inputs, make, run
 
 import formix
@@ -371,6 +373,13 @@ def test_data_that_do_not_fit_are_refused(tmp_path) -> None:
         load_recovery_data(formix.convert(make("vit"), "relu"), Recovery(data="digits", img_size=64))
     with pytest.raises(ValueError, match="multiple"):
         load_recovery_data(formix.convert(make("hf-dinov2"), "relu"), Recovery(data="digits", img_size=30))
+    picture = tmp_path / "pictures" / "any" / "grey.png"
+    picture.parent.mkdir(parents=True)
+    for i in range(10):
+        Image.new("RGB", (32, 32), (i, i, i)).save(picture.with_stem(f"{i}"))
+    grey = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=1, num_heads=3, in_chans=1)
+    with pytest.raises(ValueError, match=r"takes images of 1 x 32 x 32, and those of 'folder:.*' are 3 x 32 x 32"):
+        load_recovery_data(formix.convert(grey, "relu"), Recovery(data=f"folder:{tmp_path / 'pictures'}"))
     for name, data, kind in (("gpt2", "digits", "text"), ("bert", "digits", "text"), ("vit", "stdlib", "images")):
         with pytest.raises(ValueError, match=f"The model reads {kind}, which '{data}' is not"):
             load_recovery_data(formix.convert(make(name), "relu"), Recovery(data=data), tmp_path)

@@ -111,9 +111,10 @@ def image_side(model: Any) -> int | None:
 
 
 def normalised_for(model: Any, data: Data) -> Data:
-    """The data under the statistics that the model's weights were trained with, if its config says which."""
+    """The data under the statistics that the model's weights were trained with, if its config says which and they have
+    its channels; `check_data` refuses others."""
     cfg = image_inputs(model)
-    if data.in_chans is None or "mean" not in cfg or "std" not in cfg:
+    if "mean" not in cfg or "std" not in cfg or data.in_chans not in (1, len(cfg["mean"])):
         return data
     splits = {split: getattr(data, split).normalised(cfg["mean"], cfg["std"]) for split in SPLITS}
     of_bytes = {name: [255 * value for value in cfg[name]] for name in ("mean", "std")}
