@@ -176,6 +176,16 @@ def test_fixed_sizes(tmp_path):
     assert sheet.outputs[0].shape == (2, 16, 60)
 
 
+@pytest.mark.parametrize("size", [None, 40])
+def test_a_model_for_any_size_of_image(size, tmp_path):
+    more = {"img_size": (32, 48), "dynamic_img_size": True, "dynamic_img_pad": True}
+    model = model_of("vit", "relu", **more)
+    formix.save(model, tmp_path / "saved")
+    sheet = export_model(tmp_path / "saved", tmp_path / "out", format="openvino", img_size=size)
+    assert sheet.inputs[0].shape[2:] == ((32, 48) if size is None else (40, 40))
+    compare(tmp_path / "out", "openvino", model)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_types(dtype, tmp_path):
     model = model_of("vit", "relu")

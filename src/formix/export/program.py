@@ -55,6 +55,7 @@ class ImageProgram(Program):
 
     def __init__(self, model: Any, size: tuple[int, int, int], *, batch: int | None = None) -> None:
         super().__init__(model)
+        _resample_positions(model, size[1:])
         self.task = "image-classification"
         head = model.config.num_labels if hasattr(model, "config") else model.num_classes
         if head == 0 or type(model).__name__ == "FormixCvtModel":
@@ -76,6 +77,21 @@ class ImageProgram(Program):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return self.floats(pixel_values)
+
+
+@torch.no_grad()
+def _resample_positions(model: Any, size: tuple[int, int]) -> None:
+    """Give a Vision Transformer that takes any size the positions of this one, in place: the file has no other, and
+    OpenVINO no antialiased resampling."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    free = isinstance(model, VisionTransformer) and model.dynamic_img_size and model.pos_embed is not None
+    if not free or not getattr(model, "pos_antialias", True):
+        return
+    embed = model.patch_embed
+    grid = embed.dynamic_feat_size(size)  # with what padding adds
+    model.set_input_size([n * part for n, part in zip(grid, embed.patch_size, strict=True)])
+    model.dynamic_img_size, embed.flatten = False, True
 
 
 class TextProgram(Program):
