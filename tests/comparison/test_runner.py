@@ -224,6 +224,15 @@ def test_a_directory_of_other_weights_under_the_same_name_is_refused(tmp_path):
         compare(config)
 
 
+def test_a_directory_of_a_processor_that_computes_otherwise_is_refused(tmp_path, monkeypatch):
+    config = CompareConfig(**{**SMALL, "designs": "softmax", "seeds": 1, "precision": "auto"}, out=str(tmp_path))
+    monkeypatch.setattr("formix.comparison.runner.computed_in", lambda precision: "bfloat16")
+    compare(config)
+    monkeypatch.setattr("formix.comparison.runner.computed_in", lambda precision: "float32")
+    with pytest.raises(ValueError, match="another precision"):
+        compare(config)
+
+
 def test_every_design_sees_the_same_batches_in_the_same_order(tmp_path, monkeypatch):
     from formix.training import tasks
 

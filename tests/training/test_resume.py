@@ -124,6 +124,22 @@ def test_another_configuration_is_refused_and_the_field_named(run, tmp_path, cha
         run(Checkpoints(tmp_path), **change)
 
 
+def test_a_processor_that_multiplies_otherwise_is_another_configuration(run, tmp_path, monkeypatch):
+    """Precision "auto" is bfloat16 on some and float32 on others."""
+
+    def processor(fast: bool) -> None:
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda: fast)
+
+    processor(fast=False)
+    run(Checkpoints(tmp_path, steps=1), stop_at=2, precision="auto")
+    processor(fast=True)
+    with pytest.raises(ValueError, match="precision float32 and this one has precision bfloat16"):
+        run(Checkpoints(tmp_path, steps=1), precision="auto")
+    _, losses, _ = run(Checkpoints(tmp_path, steps=1), precision="float32")
+    assert min(losses) == 2
+
+
 def test_a_loss_spike_returns_to_the_checkpoint_and_leaves_out_the_data(run, tmp_path, digits, make_model, caplog):
     from formix.training import Objective, task_objective
 

@@ -74,7 +74,7 @@ class RunRecord:
     validation: float | None = None  # the validation metric the learning rate is chosen by
     test: float | None = None  # metric on the test split; null unless selected
     curve: tuple[CurvePoint, ...] = ()  # evaluations in order
-    parameters: int | None = None  # trainable parameters
+    parameters: int | None = None  # parameters, frozen ones included
     flops: int | None = None  # FLOPs of one item's forward pass; of sentences, one of the mean length
     train_items_per_second: float | None = None  # training throughput
     train_seconds: float | None = None  # training time, evaluation not counted

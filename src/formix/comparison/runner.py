@@ -40,6 +40,7 @@ from formix.design import design as find_design
 from formix.environment import capture_environment
 from formix.records import write_atomically
 from formix.training import Objective, Step, evaluate, task_objective, train
+from formix.training.acceleration import computed_in
 from formix.training.job import LOCK, is_free
 
 _log = logging.getLogger("formix")
@@ -238,7 +239,7 @@ def _defining(config: CompareConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     for name in ("designs", "seeds", "lrs", "out", "latency", "on_bad_sample"):  # the data's hash has what is left out
         fields.pop(name)
-    return fields
+    return fields | {"precision": computed_in(config.precision)}
 
 
 def _hash(content: Any) -> str:

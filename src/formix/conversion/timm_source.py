@@ -139,7 +139,8 @@ def _vit_arguments(model: Any) -> dict[str, Any]:
     fc_norm = not isinstance(model.fc_norm, nn.Identity)
     common = _common_arguments(model)
     if isinstance(block.mlp, GluMlp):  # here the ratio is of its gate and value together
-        common["mlp_ratio"] = (block.mlp.fc1.out_features + 0.5) / model.embed_dim
+        both: Any = block.mlp.fc1
+        common["mlp_ratio"] = (both.out_features + 0.5) / model.embed_dim
     return common | {
         "pool_include_prefix": model.pool_include_prefix,
         "qkv_bias": block.attn.qkv.bias is not None,

@@ -19,6 +19,11 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
     return None if precision == "float32" else getattr(torch, precision)
 
 
+def computed_in(precision: str) -> str:
+    """The name of the type that `autocast_dtype` says: what "auto" is depends on the hardware."""
+    return str(autocast_dtype(precision) or torch.float32).removeprefix("torch.")
+
+
 def recompute_activations(model: nn.Module) -> None:
     """Keep only every block's input for the backward pass and compute the rest again there, where the model can.
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from formix.data import Batch, Data
 from formix.data.augmentation import augmented
-from formix.training.acceleration import autocast_dtype, recompute_activations
+from formix.training.acceleration import autocast_dtype, computed_in, recompute_activations
 from formix.training.checkpoint import Checkpoints
 from formix.training.clock import Clock
 from formix.training.config import TrainConfig
@@ -323,6 +323,7 @@ class _Run:
     def _resume(self, checkpoints: Checkpoints) -> None:
         """Go on from the newest checkpoint, if there is one."""
         kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in HARMLESS}
+        kept["precision"] = computed_in(self.config.precision)
         checkpoints.identity = json.loads(json.dumps({**checkpoints.identity, **kept}))
         if (path := checkpoints.open()) is not None:
             self._restore(checkpoints, path)
