@@ -78,6 +78,12 @@ def test_a_new_classifier_is_announced(tmp_path, caplog) -> None:
     assert load_source(directory, num_classes=0).num_classes == 0
 
 
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "vit_base_patch16_18x2_224"])
+def test_another_family_is_refused_before_its_weights_are_fetched(name: str) -> None:
+    with pytest.raises(ValueError, match=r"no family that formix converts|has blocks of its own"):
+        load_source(name)
+
+
 def test_the_image_size_asked_for_is_the_models_though_it_reads_any(tmp_path) -> None:
     small = {**SMALL, "num_heads": 2}
     torch.save(timm.create_model("vit_small_patch16_dinov3", **small).state_dict(), tmp_path / "weights.pth")

@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from formix.conversion.source import FAMILIES
 from formix.models.companions import COMPANIONS, SENTENCE_FILES
 from formix.models.image import image_size
@@ -87,6 +89,7 @@ def _timm(name: str, checkpoint: str | Path | None, arguments: dict[str, Any]) -
     # a classifier for other classes is made afterwards: timm would let any other weight be missing too
     classes = None if checkpoint else arguments.pop("num_classes", None)
     pretrained = {"checkpoint_path": str(checkpoint)} if checkpoint else {"pretrained": True}
+    _check_family(name, arguments)
     try:
         model: Any = timm.create_model(name, **pretrained, **arguments).eval()
     except Exception as error:  # whatever timm raises of damaged files and odd arguments
@@ -98,6 +101,20 @@ def _timm(name: str, checkpoint: str | Path | None, arguments: dict[str, Any]) -
             _log.warning("the classifier is new: %s has one for %d classes, not %d", name, model.num_classes, classes)
         model.reset_classifier(classes)
     return model
+
+
+def _check_family(name: str, arguments: dict[str, Any]) -> None:
+    """Raise `ValueError` for a timm model that cannot be converted, before its weights are fetched."""
+    import timm
+
+    from formix.conversion.timm_source import open_timm
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, **arguments)
+    except Exception:  # odd arguments, for which the one with weights has words; or a model that needs numbers
+        return
+    open_timm(model)
 
 
 def _transformers(name: str, config: dict[str, Any] | None, task: str | None) -> Any:
