@@ -77,6 +77,10 @@ SOURCES: dict[str, Callable[[], Any]] = {
         pool_include_prefix=True,
         dynamic_img_size=True,
         dynamic_img_pad=True,
+        proj_bias=False,
+        scale_attn_norm=True,
+        scale_mlp_norm=True,
+        pre_norm=True,
     ),
     "vit-swiglu": lambda: timm.create_model(
         "aimv2_large_patch14_224", img_size=28, embed_dim=32, depth=3, num_heads=4, mlp_ratio=2.0, num_classes=7

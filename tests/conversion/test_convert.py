@@ -354,6 +354,16 @@ def test_a_folded_norm_is_the_second_norm_of_the_layers_input(name: str) -> None
     torch.testing.assert_close(run(formix.convert(source, "parallel"), given), run(source, given), rtol=0, atol=1e-9)
 
 
+def test_a_bias_that_no_ffn_can_take_in_is_said_to_be_left_out(caplog) -> None:
+    source = make("vit-own")
+    for name, parameter in source.named_parameters():
+        if re.search(r"norm[12]\.bias|attn\.proj", name):
+            nn.init.zeros_(parameter)
+    given = inputs(source)
+    torch.testing.assert_close(run(formix.convert(source, "parallel"), given), run(source, given), rtol=0, atol=1e-9)
+    assert "no bias that could take blocks.0.norm2.bias" in caplog.text
+
+
 def test_conversion_is_there_with_formix() -> None:
     script = "import formix; print(formix.conversion.plan.__name__, formix.conversion.restore.__name__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

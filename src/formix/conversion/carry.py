@@ -269,10 +269,11 @@ def _fold_norms(target: nn.Module, state: Mapping[str, Tensor], done: set[str]) 
 
         W (g2 n + b2) + b = W (g2 / g1) (g1 n + b1) + b + W (b2 - (g2 / g1) b1)
 
-    so that the FFN sees what the source's second norm would make of the layer's input. Tensors in `done` were folded
-    by an earlier conversion and trained since.
+    so that the FFN sees what the source's second norm would make of the layer's input; of layers without b the last
+    term is left out, which the log says. Tensors in `done` were folded by an earlier conversion and trained since.
     """
     folded: dict[str, str] = {}
+    without = []
     names = {id(p): n for n, p in target.named_parameters()}
     for layer in layers(target):
         layout = layer.block.layer_design.layout
@@ -289,11 +290,16 @@ def _fold_norms(target: nn.Module, state: Mapping[str, Tensor], done: set[str]) 
                 continue
             weight = weight_in_out(linear)  # [C, F]
             if getattr(first, "bias", None) is not None and f"{gone}.bias" in state:
-                shift = state[f"{gone}.bias"].to(g1) - ratio * first.bias
-                linear.bias += shift @ weight
-                folded[names[id(linear.bias)]] = f"{gone}.bias"
+                if linear.bias is None:
+                    without.append(f"{gone}.bias")
+                else:
+                    shift = state[f"{gone}.bias"].to(g1) - ratio * first.bias
+                    linear.bias += shift @ weight
+                    folded[names[id(linear.bias)]] = f"{gone}.bias"
             weight.mul_(ratio[:, None])
             folded[names[id(linear.weight)]] = f"{gone}.weight"
+    if without:
+        _log.warning("the FFNs have no bias that could take %s and the other layers' in; it is left out", without[0])
     return folded
 
 

@@ -144,6 +144,10 @@ def _vit_arguments(model: Any) -> dict[str, Any]:
     return common | {
         "pool_include_prefix": model.pool_include_prefix,
         "qkv_bias": block.attn.qkv.bias is not None,
+        "proj_bias": block.attn.proj.bias is not None,
+        "scale_attn_norm": not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity),
+        "scale_mlp_norm": not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity),
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
         "init_values": 1.0 if isinstance(getattr(block, "ls1", None), LayerScale) else None,
         "class_token": model.has_class_token,
         "reg_tokens": model.num_reg_tokens,
