@@ -498,6 +498,7 @@ def test_a_single_layer_may_have_both_parts():
     assert "; layer 0: softmax(QKᵀ/√d) V, series; layer 2: Q̂" in described
     assert described.endswith(", parallel, post-norm")
     assert design("relu+parallel", layers={0: layers[0], 2: "sima+paf"}) == found
+    assert design("relu", layers={0: "softmax+paf"}).layers == {0: (Softmax(), layers[2][1])}
     check_json(found)
     with pytest.raises(ValueError, match="names layer 3 twice"):
         design("relu", layers={3: "sima+paf", -1: "parallel"}).layer(3, 4)

@@ -127,9 +127,15 @@ def _single_layer(number: Any, part: Any) -> tuple[Any, Any]:
         raise ValueError(
             f"layers has {number!r}: {part!r}; a single layer takes another mixer, another layout or both, not more."
         )
-    if chosen.layout == plain.layout:
-        return number, chosen.mixer
-    return number, chosen.layout if chosen.mixer == plain.mixer else (chosen.mixer, chosen.layout)
+    named: set[str] = set()  # in words: the softmax of "softmax+paf" is a choice, though plain designs have it too
+    if isinstance(part, str):
+        named = {name for term in split_outside_brackets(part, "+") for name in _NAMED[_parse_term(term, part)[0]][0]}
+    own = [
+        getattr(chosen, name)
+        for name in ("mixer", "layout")
+        if name in named or getattr(chosen, name) != getattr(plain, name)
+    ]
+    return number, tuple(own) if len(own) == 2 else (own or [chosen.mixer])[0]
 
 
 def _with_options(base: Design, options: dict[str, Any], name: str) -> Design:
