@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import formix
 from formix.cli import USAGE, VERBS, main
 from formix.data.glue import train_wordpiece
 from formix.data.text import load_tokenizer
+from formix.training.recipes import list_recipes
 from formix.training.signals import Interrupted
 
 SMALL = [
@@ -342,9 +344,20 @@ def test_help_lists_the_verbs(capsys):
 
 
 @pytest.mark.parametrize("verb", USAGE)
-def test_help_of_verbs_without_flags(verb, capsys):
-    assert main([verb, "--help"]) == 0
-    assert capsys.readouterr().out.startswith(f"usage: formix {verb}")
+def test_help_says_what_a_verb_takes_without_a_flag(verb, capsys):
+    with contextlib.suppress(SystemExit):
+        main([verb, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: formix {verb} {USAGE[verb]}".rstrip())
+
+
+def test_help_of_train_has_the_recipes():
+    assert set(list_recipes()) == set(USAGE["train"].strip("[]").split(" | ")) - {"RUN.yaml"}
+
+
+@pytest.mark.parametrize(("verb", "missing"), [("eval", "model is"), ("convert", "source and design are")])
+def test_what_is_missing_is_named_with_the_usage(verb, missing, capsys):
+    assert main([verb]) == 2
+    assert f"formix: {missing} missing; usage: formix {verb} {USAGE[verb]} [" in capsys.readouterr().err
 
 
 HELPFUL = [

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from formix.commands.analyze import analyze
+from formix.commands.arguments import USAGE
 from formix.commands.bench import bench
 from formix.commands.compare import compare
 from formix.commands.convert import convert
@@ -39,12 +40,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "implementations": implementations,
 }
 ALONE = ("compare", "convert")  # they train, and write to a directory, in one process
-# of the verbs whose arguments are no dataclass
-USAGE = {
-    "designs": "[DESIGN ...]",
-    "data": "",
-    "implementations": "",
-}
+LISTS = ("designs", "data", "implementations")  # their arguments are no dataclass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         return _fail(f"{verb!r} is no verb of formix; it has {', '.join(VERBS)}.")
-    if verb in USAGE and rest in (["-h"], ["--help"]):
+    if verb in LISTS and rest in (["-h"], ["--help"]):
         print(f"usage: formix {verb} {USAGE[verb]}".rstrip() + f"\n\n{_summary(VERBS[verb])}")
         return 0
     if verb in ALONE and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":

@@ -13,6 +13,21 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from formix.commands.comments import comments
 from formix.design import split_outside_brackets
 
+# what a verb takes without a flag
+USAGE = {
+    "compare": "[STUDY.yaml ...]",
+    "convert": "SOURCE | STUDY.yaml",
+    "train": "[RUN.yaml | activator-cifar | bert-finetune | big-vision-i1k | deit | gpt2 | roberta-mlm | xcit]",
+    "eval": "MODEL",
+    "export": "MODEL",
+    "predict": "MODEL [INPUT ...]",
+    "report": "RESULTS ...",
+    "analyze": "MODEL",
+    "designs": "[DESIGN ...]",
+    "data": "",
+    "implementations": "",
+}
+
 
 def parse(config_class: Any, verb: str, flags: list[str]) -> Any:
     """The dataclass out of flags and YAML; both dashes and underscores are taken in flags' names.
@@ -78,7 +93,8 @@ def _parsed(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[
 
     _refuse_equal_keys()
     about = " ".join(config_class.__doc__ for config_class in config_classes)
-    parser = ArgumentParser(prog=f"formix {verb}", exit_on_error=False, description=about)
+    usage = f"{_call(verb)} [--FLAG=VALUE ...]"
+    parser = ArgumentParser(prog=f"formix {verb}", usage=usage, exit_on_error=False, description=about)
     parser.add_argument("--config", action="config", help="a YAML file with these settings")
     for config_class in config_classes:
         parser.add_class_arguments(config_class)
@@ -98,6 +114,10 @@ def _parsed(config_classes: Sequence[Any], verb: str, flags: list[str]) -> list[
     except UnicodeDecodeError as error:
         raise ValueError(f"the file is no UTF-8 text ({error}).") from None
     return [_build(config_class, values) for config_class in config_classes]
+
+
+def _call(verb: str) -> str:
+    return f"formix {verb} {USAGE.get(verb, '')}".rstrip()
 
 
 def _explanation(key: str, config_classes: Sequence[Any]) -> str | None:
@@ -207,6 +227,10 @@ def _sentence(message: str, config_classes: Sequence[Any], verb: str) -> str:
     kind = next((kind for kind in kinds if kind is not None), None)
     if key and given and kind is not None:
         return f"{key[1]} is {given[1]}; it must be {_words(kind)}."
+    if missing := re.match(r"the following arguments are required: (.*)", text):
+        keys = missing[1].split(", ")
+        what = f"{' and '.join(keys)} {'are' if len(keys) > 1 else 'is'} missing"
+        return f"{what}; usage: {_call(verb)} [--FLAG=VALUE ...]; formix {verb} --help lists the flags."
     if text.startswith("Unexpected config"):
         return "the file holds no settings, which are lines of the form 'name: value'."
     if unknown := re.match(r"Option '(.+)' is not accepted|Group '(.+)' does not accept option '(.+)'", text):
