@@ -26,7 +26,7 @@ STOCK = {
     "bert": (hf.BertConfig, hf.BertModel), "roberta": (hf.RobertaConfig, hf.RobertaModel),
     "xlm-roberta": (hf.XLMRobertaConfig, hf.XLMRobertaModel), "llama": (hf.LlamaConfig, hf.LlamaModel),
     "mistral": (hf.MistralConfig, hf.MistralModel), "qwen2": (hf.Qwen2Config, hf.Qwen2Model),
-    "qwen3": (hf.Qwen3Config, hf.Qwen3Model),
+    "qwen3": (hf.Qwen3Config, hf.Qwen3Model), "camembert": (hf.CamembertConfig, hf.CamembertModel),
 }  # fmt: skip
 
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class AnalyzeConfig:
     """Spread of token embeddings and share of attention, layer by layer."""
 
-    model: str  # a directory of formix's, a training run's too, or of transformers (BERT, RoBERTa, GPT-2, Llama)
+    # a directory of formix's, a training run's too, or of transformers (BERT, RoBERTa, DistilBERT, GPT-2, Llama, Qwen,
+    # Mistral, CvT and their relatives)
+    model: str
     data: str  # a name of `formix data`; its test split is read
     batches: int = 4  # how many batches
     batch_size: int = 32  # samples in each

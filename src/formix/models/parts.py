@@ -75,6 +75,7 @@ _FAMILIES = {
     "transformers.models.bert.modeling_bert.BertLayer": _BERT,
     "transformers.models.roberta.modeling_roberta.RobertaLayer": _BERT,
     "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": _BERT,
+    "transformers.models.camembert.modeling_camembert.CamembertLayer": _BERT,
     "transformers.models.distilbert.modeling_distilbert.TransformerBlock": _DISTILBERT,
     "formix.models.gpt2.FormixGPT2Block": _GPT2,
     "transformers.models.gpt2.modeling_gpt2.GPT2Block": _GPT2,
@@ -129,7 +130,7 @@ def layers(model: nn.Module) -> list[Layer]:
         raise ValueError(
             f"A {type(model).__name__} has no layers that formix can look into; it knows those of its own models, of "
             "timm's VisionTransformer, Eva and Xcit (but blocks of several branches at once), and of transformers' "
-            "BERT, RoBERTa, XLM-RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen2, Qwen3 and CvT."
+            "BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, GPT-2, Llama, Mistral, Qwen2, Qwen3 and CvT."
         )
     return found
 
