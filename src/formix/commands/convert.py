@@ -32,7 +32,8 @@ class ConvertConfig:
     task: str | None = None  # transformers' class, such as BertForMaskedLM; None: the one that the config names
     model_args: dict[str, Any] = field(default_factory=dict)  # arguments for a timm name: {num_classes: 0}
     recover: str | None = None  # data for recovery by distillation, as glue:DIR/TASK+text:PATH or folder:PATH
-    # its settings: {stages: "match:240s,align:900s", ...}; with stages "" it is calibrated alone
+    # its settings (docs/conversion.md): {stages: "match:240s:5e-4,align:900s:3e-4"} is the default, with stages "" the
+    # model is calibrated alone
     recovery: dict[str, Any] = field(default_factory=dict)
     sts: str | None = None  # an STS-B file: Spearman correlation of mean-pooled sentence embeddings, at every step
     probe: str | None = None  # labelled images: accuracy of a linear probe on the features, at every step

@@ -17,12 +17,12 @@ def create_model(
     """A model with its blocks in `design`.
 
     Args:
-        name: a timm VisionTransformer or XCiT name (``"vit_small_patch16_224"``, ``"xcit_small_12_p16_224"``), a
-            published model (``"sima_small_12_p16"``, ``"activator_32_p4"``, ``"relu_vit_small_patch16_224"``;
-            `formix.models.published.PUBLISHED`), a CvT (``"cvt-13"``, ``"cvt-21"``), a text model (``"gpt2"``,
-            ``"gpt2-nano"``, ``"bert-base-uncased"``, ``"bert-mini"``; `formix.models.text.SIZES`), or a directory: one
-            that `formix.save` wrote or a transformers one (BERT, RoBERTa, GPT-2, Llama, CvT), whose weights are carried
-            over.
+        name: timm's name of a Vision Transformer (``"vit_small_patch16_224"``, ``"eva02_tiny_patch14_224"``) or an XCiT
+            (``"xcit_small_12_p16_224"``), a published model (``"sima_small_12_p16"``, ``"activator_32_p4"``,
+            ``"relu_vit_small_patch16_224"``; `formix.models.published.PUBLISHED`), a CvT (``"cvt-13"``,
+            ``"cvt-21"``), a text model (``"gpt2"``, ``"gpt2-nano"``, ``"bert-base-uncased"``, ``"bert-mini"``;
+            `formix.models.text.SIZES`), or a directory: one that `formix.save` wrote or a transformers one (BERT,
+            RoBERTa, GPT-2, Llama, CvT), whose weights are carried over; `formix.convert` reads more families.
         design: a design's name, combination or `Design`; None: the directory's or published model's own, or softmax.
         pretrained: load timm's published weights (images only; needs a network the first time).
         **kwargs: for images timm's arguments (num_classes, img_size, patch_size, in_chans, drop_path_rate, ...); for

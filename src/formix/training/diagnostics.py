@@ -28,9 +28,9 @@ def diagnose(model: nn.Module, batch: Batch) -> dict[str, float]:
 
     rms     root mean square of the mixer's output: shrinks with 1/N in SimA, explodes before a run does
     spread  of the token embeddings that a block gives (`formix.analysis`): 0 where all tokens have become the same
-    active  share of the visible scores above 0, in ReLU attention; a head at 0 learns nothing any more
+    active  share of the visible scores above 0, where h is relu, relu2 or relu6; a head at 0 learns nothing any more
 
-    `spread` is of the families that `formix.analysis` knows and is left out of others.
+    `spread` is of the layers that `formix.models.parts` knows and is left out of others.
     """
     layer = ""
     rms: dict[str, float] = {}
