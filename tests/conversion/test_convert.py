@@ -308,6 +308,18 @@ def test_a_directory_keeps_the_type_of_its_weights(name: str, dtype: torch.dtype
     assert equal(loaded, model)
 
 
+@pytest.mark.parametrize("name", ["vit", "eva02", "rope-vit", "dinov3", "relpos", "hf-dinov3"])
+def test_half_precision_of_images(name: str, tmp_path) -> None:
+    source = make(name).bfloat16()
+    given = {"pixel_values": inputs(source)["pixel_values"].bfloat16()}
+    expected = run(source, given).float()
+    same = run(formix.convert(source, "softmax"), given).float()
+    assert (same - expected).abs().max() < 0.05 * expected.abs().max()
+    model = formix.convert(source, "relu")
+    formix.save(model, tmp_path)
+    assert torch.equal(run(formix.load(tmp_path), given), run(model, given))
+
+
 def test_the_plan_lists_all_that_happens() -> None:
     source = make("gpt2")
     made = plan(source, "relu+parallel", keep="softmax:0")

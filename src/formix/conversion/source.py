@@ -178,9 +178,10 @@ def like(target: nn.Module, source: nn.Module) -> Any:
 
 
 def cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model there and in that type; buffers that are computed and not stored (rotary frequencies) stay exact."""
+    """The model there and in that type. Buffers that are computed and not stored are as its library loads them: those
+    of transformers (rotary frequencies) stay exact, timm's are of the weights' type, which its blocks rely on."""
     stored = model.state_dict().keys()
-    exact = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
+    exact = {name: buffer for name, buffer in model.named_buffers() if hasattr(model, "config") and name not in stored}
     model.to(device=device, dtype=dtype)
     if torch.promote_types(dtype, torch.float32) != dtype:
         for name, buffer in exact.items():
