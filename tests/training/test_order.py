@@ -1,13 +1,15 @@
 """Batches out of other processes: what goes wrong there is said in one sentence here."""
 
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
 
 from formix.data import BatchDataset
-from formix.training.order import BatchOrder
+from formix.training.order import BatchOrder, naming_killed_workers
 
 
 class Numbers(BatchDataset):
@@ -44,9 +46,27 @@ def test_a_sample_that_cannot_be_read_is_named_in_the_same_sentence(workers):
         batches(unreadable, workers)
 
 
+KILLED = r"loads data \(one of `workers`\) was killed.*start the same command again"
+
+
 def test_a_process_that_is_killed_ends_the_run_in_one_sentence():
-    with pytest.raises(ValueError, match=r"loads data \(workers=1\) was killed.*start the same command again"):
+    with pytest.raises(ValueError, match=KILLED), naming_killed_workers():
         batches(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_process_that_is_killed_while_the_model_is_at_work_ends_the_run_in_the_same_sentence():
+    order = BatchOrder(Numbers(None, None), batch_size=4, accumulation=1, seed=0, process=0, processes=1)
+    others = set(multiprocessing.active_children())
+    read = order.batches(0, 0, workers=1)
+    next(read)
+    (worker,) = set(multiprocessing.active_children()) - others
+
+    def work():
+        worker.kill()
+        time.sleep(30)  # which the signal's handler ends
+
+    with pytest.raises(ValueError, match=KILLED), naming_killed_workers():
+        work()
 
 
 def test_a_signal_to_all_processes_leaves_those_that_load_data_to_the_one_that_saves():

@@ -27,7 +27,7 @@ from formix.training.clock import Clock
 from formix.training.config import TrainConfig
 from formix.training.ema import Ema
 from formix.training.optimizers import make_optimizer, set_learning_rate
-from formix.training.order import BatchOrder
+from formix.training.order import BatchOrder, naming_killed_workers
 from formix.training.parallel import (
     Parallel,
     distribute,
@@ -93,11 +93,12 @@ def train(
         ends it (`on_divergence`), which is said in `diverged`.
 
     Raises:
-        ValueError: checkpoints of another run, damaged ones alone, or one that cannot be written.
+        ValueError: checkpoints of another run, damaged ones alone, or one that cannot be written; data that cannot be
+            read, or a process that loads it killed.
         Interrupted: a signal ended the run; its state is saved.
     """
     run = _Run(model, data, config, objective, checkpoints, parallel, workers)
-    with collected_signals() if checkpoints else contextlib.nullcontext(SignalBox()) as box:
+    with naming_killed_workers(), collected_signals() if checkpoints else contextlib.nullcontext(SignalBox()) as box:
         return run.go(box, on_step or (lambda step: None))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import signal
@@ -57,7 +58,7 @@ class BatchOrder:
         """What `loader` reads.
 
         Raises:
-            ValueError: what a process that loads data raised, in its words, or that such a process was killed.
+            ValueError: what a process that loads data raised, in its words, or that such a process does not answer.
         """
         loader = iter(self.loader(epoch, step, workers=workers))
         while True:
@@ -65,13 +66,10 @@ class BatchOrder:
                 batch = next(loader)
             except ValueError as error:  # PyTorch puts the worker's traceback before them
                 raise ValueError(str(error).rpartition("\nValueError: ")[2]) from error
-            except (ConnectionError, EOFError, RuntimeError) as error:
-                if workers == 0 or (isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error)):
+            except (ConnectionError, EOFError) as error:
+                if workers == 0:
                     raise
-                raise ValueError(
-                    f"A process that loads data (workers={workers}) was killed, perhaps because memory ran out; start "
-                    "the same command again, with fewer workers if it happens again."
-                ) from error
+                raise _killed() from error
             yield batch
 
     def walk(self, epoch: int, step: int) -> Iterator[list[int]]:
@@ -91,6 +89,25 @@ class BatchOrder:
 def _outlive_sigterm(worker: int) -> None:
     """A signal to all processes of a run (Slurm's, systemd's) is for the one that saves, which still needs batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def naming_killed_workers() -> Iterator[None]:
+    """Say by `ValueError` that a process that loads data was killed: PyTorch raises it in a signal's handler, wherever
+    the training process is at that moment, mostly inside the model."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise _killed() from error
+
+
+def _killed() -> ValueError:
+    return ValueError(
+        "A process that loads data (one of `workers`) was killed, perhaps because memory ran out; start the same "
+        "command again, with fewer workers if it happens again."
+    )
 
 
 class _Endless:
