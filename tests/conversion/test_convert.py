@@ -308,6 +308,20 @@ def test_a_directory_keeps_the_type_of_its_weights(name: str, dtype: torch.dtype
     assert equal(loaded, model)
 
 
+@pytest.mark.parametrize("name", ["eva02", "rope-vit", "vit"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m.prune_intermediate_layers(1, prune_norm=True), lambda m: m.reset_classifier(5, "avg")],
+    ids=["pruned", "reset"],
+)
+def test_what_timm_changes_in_its_models_converts(change: Callable, name: str) -> None:
+    source = make(name)
+    change(source)
+    source.double()
+    given = inputs(source)
+    torch.testing.assert_close(run(formix.convert(source, "softmax"), given), run(source, given), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["vit", "eva02", "rope-vit", "dinov3", "relpos", "hf-dinov3"])
 def test_half_precision_of_images(name: str, tmp_path) -> None:
     source = make(name).bfloat16()

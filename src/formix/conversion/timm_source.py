@@ -170,6 +170,8 @@ def _eva_arguments(model: Any) -> dict[str, Any]:
         "use_abs_pos_emb": model.pos_embed is not None,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": model.patch_embed.dynamic_img_pad,
+        "use_post_transformer_norm": not isinstance(model.norm, nn.Identity),
+        "use_fc_norm": not isinstance(model.fc_norm, nn.Identity),
     }
 
 
