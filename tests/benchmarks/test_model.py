@@ -63,3 +63,9 @@ def test_peak_memory_sees_what_is_freed_again():
     if grown is None:
         pytest.skip("this system does not say")
     assert 60 << 20 < grown < 100 << 20
+
+
+def test_a_profile_of_layers_that_are_not_known_is_refused_before_timing():
+    case = ModelCase(model="vit_small_patch16_18x2_224", model_args=TINY, precision="float32", profiled=True)
+    with pytest.raises(ValueError, match="no layers that formix can look into"):
+        case.calls()

@@ -18,6 +18,7 @@ from formix.benchmarks.measure import Measurable
 from formix.benchmarks.profile import profile_parts
 from formix.design import design as find_design
 from formix.layers import Block
+from formix.models.parts import layers
 
 BASELINE = "softmax"
 PRECISIONS = ("float32", "bfloat16", "autocast")
@@ -58,7 +59,10 @@ class ModelCase(Measurable):
 
     def calls(self) -> dict[str, Callable[[], object]]:
         """Contender -> what is timed."""
-        return {name: _call(model, self) for name, model in self._ready().items()}
+        ready = self._ready()
+        for model in ready.values() if self.profiled else ():
+            layers(model)  # what cannot be profiled is refused before minutes of timing
+        return {name: _call(model, self) for name, model in ready.items()}
 
     def flops(self, contender: str) -> int | None:
         """Operations of one call; a training step counts as three forward passes, as is usual."""

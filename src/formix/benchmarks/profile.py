@@ -10,7 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.pytorch_utils import Conv1D
 
-from formix.models.parts import find_layers
+from formix.models.parts import layers
 
 PARTS = ("qkv projection", "attention", "output projection", "MLP", "norms", "embedding and head", "optimizer", "rest")
 _PROJECTIONS = (nn.Linear, nn.Conv2d, Conv1D)
@@ -24,6 +24,9 @@ def profile_parts(model: nn.Module, call: Callable[[], object], calls: int = 3) 
     Operators of the forward pass belong to the innermost part they run in; those of the backward pass to the part of
     the operator whose gradient they compute, by autograd's sequence numbers. "attention" is what an attention layer
     does besides its two projections; "rest" what belongs to no part: residual sums and the gradients' accumulation.
+
+    Raises:
+        ValueError: a model whose layers are not known (`formix.models.parts`).
     """
     hooks = [hook for module, part in _parts(model).items() for hook in _mark(module, part)]
     try:
@@ -41,13 +44,13 @@ def profile_parts(model: nn.Module, call: Callable[[], object], calls: int = 3) 
 def _parts(model: nn.Module) -> dict[nn.Module, str]:
     """The modules whose time is told apart. What has weights outside of the layers is embedding or head."""
     found: dict[nn.Module, str] = {}
-    layers = find_layers(model)
-    for layer in layers:
+    known = layers(model)
+    for layer in known:
         found |= dict.fromkeys((m for m in layer.mixer.modules() if isinstance(m, _PROJECTIONS)), "qkv projection")
         found |= dict.fromkeys(layer.ffn, "MLP") | {layer.mixer: "attention"}
         if layer.out is not None:
             found[layer.out] = "output projection"
-    inside = {module for layer in layers for module in layer.block.modules()}
+    inside = {module for layer in known for module in layer.block.modules()}
     for module in model.modules():
         if not any(module.children()) and next(module.parameters(), None) is not None:
             if "norm" in type(module).__name__.lower():
