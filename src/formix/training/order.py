@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,8 +89,17 @@ class BatchOrder:
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """A signal to all processes of a run (Slurm's, systemd's) is for the one that saves, which still needs batches."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A signal to all processes of a run (Slurm's, systemd's) is for the one that saves, which still needs batches; one
+    from that process itself, which ends, is for this one. macOS cannot tell them apart, and PyTorch's handler stays."""
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextlib.contextmanager
