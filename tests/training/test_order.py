@@ -54,12 +54,18 @@ def test_a_process_that_is_killed_ends_the_run_in_one_sentence():
         batches(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_a_process_that_is_killed_while_the_model_is_at_work_ends_the_run_in_the_same_sentence():
+def under_way():
+    """Batches, of which one was read, and the process that loads them."""
     order = BatchOrder(Numbers(None, None), batch_size=4, accumulation=1, seed=0, process=0, processes=1)
     others = set(multiprocessing.active_children())
     read = order.batches(0, 0, workers=1)
     next(read)
     (worker,) = set(multiprocessing.active_children()) - others
+    return read, worker
+
+
+def test_a_process_that_is_killed_while_the_model_is_at_work_ends_the_run_in_the_same_sentence():
+    _, worker = under_way()
 
     def work():
         worker.kill()
@@ -76,11 +82,7 @@ def test_a_signal_to_all_processes_leaves_those_that_load_data_to_the_one_that_s
 
 def test_a_signal_of_the_process_that_ends_ends_those_that_load_data():
     """multiprocessing sends it at exit and then waits for them without a limit."""
-    order = BatchOrder(Numbers(None, None), batch_size=4, accumulation=1, seed=0, process=0, processes=1)
-    others = set(multiprocessing.active_children())
-    read = order.batches(0, 0, workers=1)
-    next(read)
-    (worker,) = set(multiprocessing.active_children()) - others
+    _, worker = under_way()
     worker.terminate()
     worker.join(30)
     assert worker.exitcode == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from formix.conversion.source import Source
-from formix.conversion.weight_map import ROWS, Rule, resolve
+from formix.conversion.weight_map import ROWS, Rule
 from formix.design import Design
 
 _LAYER, _W = r"model\.layer\.(?P<i>\d+)\.", r"(?P<w>weight|bias)"
@@ -24,7 +24,7 @@ def open_dinov3(model: Any) -> Source:
     Raises:
         ValueError: another class of the family, or a config that timm's Eva cannot be built for.
     """
-    from formix.conversion.transformers_source import describe, rebuild
+    from formix.conversion.transformers_source import source_of
     from formix.models.vit import create_vit
 
     config, gated = model.config, model.config.use_gated_mlp
@@ -58,22 +58,11 @@ def open_dinov3(model: Any) -> Source:
         "norm_eps": config.layer_norm_eps,
     }
     name = "vit_small_patch16_dinov3_qkvb" if config.query_bias else "vit_small_patch16_dinov3"
-    moves, unplaced = resolve(_rules(gated), model.state_dict())
 
     def build(design: Design) -> Any:
         return create_vit(name, design, **arguments)
 
-    return Source(
-        family="dinov3",
-        depth=config.num_hidden_layers,
-        causal=False,
-        design=Design(),
-        build=build,
-        rebuild=lambda: rebuild(describe(model)),
-        description=describe(model),
-        moves=moves,
-        unplaced=unplaced,
-    )
+    return source_of(model, "dinov3", build, _rules(gated))
 
 
 def _rules(gated: bool) -> list[Rule]:

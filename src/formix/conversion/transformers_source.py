@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import transformers
@@ -154,15 +155,23 @@ def _text(model: Any, family: str, more: dict[str, Any]) -> Source:
             getattr(built, built.base_model_prefix, built).pooler = None
         return built
 
-    moves, unplaced = resolve(RULES.get(family, SAME_NAMES), model.state_dict())
+    return source_of(model, family, build, RULES.get(family, SAME_NAMES), causal=family in DECODERS)
+
+
+def source_of(
+    model: Any, family: str, build: Callable[[Design], Any], rules: Iterable[Rule], *, causal: bool = False
+) -> Source:
+    """The source for a model of transformers', whose tensors the rules place in what `build` builds."""
+    moves, unplaced = resolve(rules, model.state_dict())
+    description = describe(model)
     return Source(
         family=family,
         depth=model.config.num_hidden_layers,
-        causal=family in DECODERS,
+        causal=causal,
         design=Design(),
         build=build,
-        rebuild=lambda: rebuild(describe(model)),
-        description=describe(model),
+        rebuild=lambda: rebuild(description),
+        description=description,
         moves=moves,
         unplaced=unplaced,
     )
@@ -172,7 +181,7 @@ def _image_source(model: Any, kind: str) -> Source:
     from formix.conversion.timm_source import pooled
     from formix.models.vit import create_vit
 
-    config, state = model.config, model.state_dict()
+    config = model.config
     name = type(model).__name__
     if name not in _IMAGE_CLASSES:
         raise ValueError(
@@ -191,7 +200,7 @@ def _image_source(model: Any, kind: str) -> Source:
     # timm adds position embeddings to register tokens too, transformers does not
     operation = f"zero_rows(1,{registers})" if registers else SAME
     rules.append(_image(r"embeddings\.position_embeddings", "pos_embed", operation))
-    moves, unplaced = resolve(rules, state)
+    classifies = not {"classifier.weight", "cls_classifier.weight"}.isdisjoint(model.state_dict())
     width = config.hidden_size
     hidden = getattr(config, "intermediate_size", None) if not hasattr(config, "mlp_ratio") else None
     arguments: dict[str, Any] = {
@@ -204,7 +213,7 @@ def _image_source(model: Any, kind: str) -> Source:
         "mlp_ratio": (hidden + 0.5) / width if hidden else config.mlp_ratio,  # timm takes the whole part
         "qkv_bias": config.qkv_bias,
         "act_layer": _TIMM_ACTIVATIONS[config.hidden_act],
-        "num_classes": config.num_labels if any(m.target.startswith("head.") for m in moves) else 0,
+        "num_classes": config.num_labels if classifies else 0,
         "norm_eps": config.layer_norm_eps,
     }
     if kind.startswith("dinov2"):
@@ -220,17 +229,7 @@ def _image_source(model: Any, kind: str) -> Source:
             base, design, **(arguments if distilled else pooled(arguments, design, config.num_hidden_layers))
         )
 
-    return Source(
-        family=kind,
-        depth=config.num_hidden_layers,
-        causal=False,
-        design=Design(),
-        build=build,
-        rebuild=lambda: rebuild(describe(model)),
-        description=describe(model),
-        moves=moves,
-        unplaced=unplaced,
-    )
+    return source_of(model, kind, build, rules)
 
 
 _IMAGE_CLASSES = (
