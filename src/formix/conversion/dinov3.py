@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from formix.conversion.source import Source
+from formix.conversion.transformers_source import source_of
 from formix.conversion.weight_map import ROWS, Rule
 from formix.design import Design
 
@@ -24,7 +25,6 @@ def open_dinov3(model: Any) -> Source:
     Raises:
         ValueError: another class of the family, or a config that timm's Eva cannot be built for.
     """
-    from formix.conversion.transformers_source import source_of
     from formix.models.vit import create_vit
 
     config, gated = model.config, model.config.use_gated_mlp

@@ -8,7 +8,6 @@ from typing import Any
 
 import transformers
 
-from formix.conversion.dinov3 import open_dinov3
 from formix.conversion.source import Source, unknown_family
 from formix.conversion.weight_map import ROWS, SAME, Rule, resolve
 from formix.design import Design
@@ -126,6 +125,8 @@ def open_transformers(model: Any) -> Source:
     if kind in IMAGES:
         return _image_source(model, kind)
     if kind == "dinov3_vit":
+        from formix.conversion.dinov3 import open_dinov3
+
         return open_dinov3(model)
     raise unknown_family(model)
 
