@@ -267,7 +267,7 @@ def test_latencies_are_measured_for_both_dtypes_and_batches(tmp_path):
 
 
 def test_killed_in_the_middle_it_keeps_finished_runs_and_ends_as_if_undisturbed(tmp_path):
-    settings = {**SMALL, "seeds": 3, "epochs": 6.0}
+    settings = {**SMALL, "seeds": 3, "epochs": 3.0}
     flags = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in settings.items() if v is not None]
     command = [sys.executable, "-m", "formix.cli", "compare", *flags, f"--out={tmp_path / 'killed'}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
