@@ -207,3 +207,10 @@ def test_the_published_design_is_fixed():
         formix.create_model("ninformer_32_p4", design="activator")
     with pytest.raises(ValueError, match="'avg' or ''"):
         formix.create_model("activator_32_p4", global_pool="token")
+
+
+def test_uniform_units_have_no_width_of_their_own():
+    with pytest.raises(ValueError, match="hidden_dim is 64; units of Uniform Activator are as wide as its tokens"):
+        timm.create_model("uniform_activator_32_p4", hidden_dim=64)
+    model = timm.create_model("uniform_activator_32_p4", embed_dim=64, hidden_dim=64)
+    assert model.model[0].actgu.proj_1.out_features == 64

@@ -38,7 +38,7 @@ def small(name: str) -> tuple[str, dict]:
     """A registered name and arguments that make it small enough for a test."""
     name, more = VARIANTS.get(name, (name, {}))
     if name in ACTIVATORS:
-        size = {"embed_dim": 32, "hidden_dim": 48}
+        size = {"embed_dim": 32} if name.startswith("uniform") else {"embed_dim": 32, "hidden_dim": 48}
     elif name.startswith(("formix_vit", "relu_vit")):
         patch = int(name.split("patch")[1].split("_")[0]) if "patch" in name else 16
         size = {"embed_dim": 48, "num_heads": 3, "img_size": 3 * patch}

@@ -148,7 +148,7 @@ class ActivatorBlock(nn.Module):
         if kind == "ninformer":
             self.mgu = MixerGatingUnit(dim, num_tokens, hidden, drop)
         else:
-            self.actgu = GatingUnit(dim, dim if kind == "uniform" else hidden, norm=kind != "uniform")
+            self.actgu = GatingUnit(dim, hidden, norm=kind != "uniform")
         self.ffn = FeedForward(dim, hidden, drop) if kind in ("activator", "ninformer") else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class ActivatorClassifier(ImageModel, nn.Module):
     Args:
         kind: activator, activator_glu, uniform or ninformer.
         img_size, patch_size, in_chans, num_classes, global_pool ("avg" or ""), embed_dim, depth: as in timm.
-        hidden_dim: F, the width inside units and feed-forwards (uniform has C in its place).
+        hidden_dim: F, the width inside units and feed-forwards; 512, but in uniform `embed_dim` and nothing else.
         drop_rate: dropout before the classifier, which the authors do not have.
         proj_drop_rate: p, dropout inside the feed-forwards; the kinds without them have none.
     """
@@ -179,7 +179,7 @@ class ActivatorClassifier(ImageModel, nn.Module):
         num_classes: int = 10,
         global_pool: str = "avg",
         embed_dim: int = 256,
-        hidden_dim: int = 512,
+        hidden_dim: int | None = None,
         depth: int = 4,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.5,
@@ -188,6 +188,11 @@ class ActivatorClassifier(ImageModel, nn.Module):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"img_size is {height} x {width}; it must be a multiple of patch_size, {patch_size}.")
+        if kind == "uniform" and hidden_dim not in (None, embed_dim):
+            raise ValueError(
+                f"hidden_dim is {hidden_dim}; units of Uniform Activator are as wide as its tokens: leave it out."
+            )
+        hidden = hidden_dim or (embed_dim if kind == "uniform" else 512)
         self.kind, self.size, self.patch_size, self.in_chans = kind, (height, width), patch_size, in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_classes, self.global_pool, self.num_prefix_tokens = num_classes, _pool(global_pool), 0
@@ -195,7 +200,7 @@ class ActivatorClassifier(ImageModel, nn.Module):
         num_tokens = height * width // patch_size**2
 
         self.patcher = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        blocks = (ActivatorBlock(kind, embed_dim, num_tokens, hidden_dim, proj_drop_rate) for _ in range(depth))
+        blocks = (ActivatorBlock(kind, embed_dim, num_tokens, hidden, proj_drop_rate) for _ in range(depth))
         self.model = nn.Sequential(*blocks)
         self.head_drop = nn.Dropout(drop_rate)
         self.classifier = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
