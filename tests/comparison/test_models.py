@@ -48,7 +48,7 @@ def test_every_family_of_language_models_is_built_for_the_data(tmp_path):
     model = build_model(data, "llama-nano", {"num_hidden_layers": 1}, "relu")
     assert forward(model, data.train.__getitems__([0])).shape == (1, 16, 256)
     assert model.config.eos_token_id is None  # no byte ends a text
-    with pytest.raises(ValueError, match="bert models do masked-lm"):
+    with pytest.raises(ValueError, match="bert models do not: give task='masked-lm'"):
         build_model(data, "bert-tiny", {}, "relu")
     with pytest.raises(ValueError, match="deit_tiny_patch16_224 is no model of text"):
         build_model(data, "deit_tiny_patch16_224", {}, "relu")

@@ -100,6 +100,22 @@ def test_designs_that_cannot_do_the_task_are_listed_with_the_reason(tmp_path):
     assert "byte bigram" in results.task.baselines
 
 
+def test_encoders_are_compared_by_the_tokens_they_are_not_shown(tmp_path):
+    (tmp_path / "a.txt").write_text("abc def " * 400)
+    text = {"data": f"text:{tmp_path / 'a.txt'}", "task": "masked-lm", "sequence_length": 16, "model_args": {}}
+    settings = {**SMALL, **text, "designs": "softmax,sima,paf", "seeds": 1, "out": str(tmp_path / "out")}
+    results = compare(CompareConfig(**settings))
+    assert (results.task.kind, results.task.metric, results.task.higher_is_better) == ("masked-lm", "perplexity", False)
+    assert [run.design for run in results.runs] == ["softmax", "sima", "paf"]
+    assert all(1 < run.test < 258 for run in results.runs)
+    with pytest.raises(ValueError, match="another mask_probability"):
+        compare(CompareConfig(**settings, mask_probability=0.3))
+    with pytest.raises(ValueError, match=r"mask_probability is 0\.3, which is of task='masked-lm'"):
+        compare(CompareConfig(**{**settings, "task": None}, mask_probability=0.3))
+    with pytest.raises(ValueError, match="task is 'mlm'; it must be 'masked-lm'"):
+        compare(CompareConfig(**{**settings, "task": "mlm"}))
+
+
 def test_a_comparison_in_which_no_design_can_run_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 300)
     settings = {

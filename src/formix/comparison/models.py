@@ -21,8 +21,8 @@ def default_model(data: Data) -> tuple[str, dict[str, Any]]:
     """Name and arguments of a small model for the data.
 
     Images: 4 layers, width 64, at most 8 x 8 patches, no class token and mean pooling, so that designs that mix no
-    tokens read out as the others do. Language modelling: GPT-2 of 4 layers, width 128. Sentences: BERT of 2 layers,
-    width 128.
+    tokens read out as the others do. Language modelling: GPT-2 of 4 layers, width 128. Masked language modelling and
+    sentences: BERT of 2 layers, width 128.
     """
     if data.task == "image-classification":
         assert data.img_size is not None
@@ -93,7 +93,10 @@ def data_arguments(data: Data, family: str | None = None) -> dict[str, Any]:
         if family == "llama":
             return {**decided, "max_position_embeddings": data.sequence_length}
         if family not in (None, "gpt2"):
-            return {**decided, "task": data.task}  # which has its own refusal
+            raise ValueError(
+                f"{data.name!r} is read to predict the next token, and {family} models do not: give task='masked-lm', "
+                "or name a decoder, such as 'gpt2-nano'."
+            )
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return {**decided, "n_positions": data.sequence_length, **dropout}
     if data.task == "masked-lm":

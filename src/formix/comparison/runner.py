@@ -239,6 +239,8 @@ def _defining(config: CompareConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     for name in ("designs", "seeds", "lrs", "out", "latency", "on_bad_sample"):  # the data's hash has what is left out
         fields.pop(name)
+    if config.task is None:
+        fields.pop("mask_probability")
     return fields | {"precision": computed_in(config.precision)}
 
 

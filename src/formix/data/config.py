@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from formix.data import Data, OnBadSample, load_data
+from formix.data.masking import masked_lm
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The arguments of `formix.data.load_data`."""
+    """The arguments of `formix.data.load_data`, and what the data are read for."""
 
     data: str = "digits"  # a name of `formix data`
+    task: Literal["masked-lm"] | None = None  # None: what the data are for
+    mask_probability: float = 0.15  # of masked-lm: share of the tokens that are to be predicted
     sequence_length: int = 128  # tokens of a window or sentence
     tokenizer: str | None = None  # a transformers tokenizer directory; None: bytes, or WordPiece of the data for GLUE
     img_size: int | None = None  # side that images of folders are scaled to
@@ -26,8 +30,16 @@ class DataConfig:
         return "data" if self.tokenizer is None else "data and tokenizer"
 
     def load_data(self) -> Data:
-        """The data of the run."""
-        return load_data(
+        """The data of the run.
+
+        Raises:
+            ValueError: another task, a share of masked tokens without one, or what `load_data` and `masked_lm` refuse.
+        """
+        if self.task not in (None, "masked-lm"):
+            raise ValueError(f"task is {self.task!r}; it must be 'masked-lm', or left out for what the data are for.")
+        if self.task is None and self.mask_probability != 0.15:
+            raise ValueError(f"mask_probability is {self.mask_probability}, which is of task='masked-lm'; give both.")
+        data = load_data(
             self.data,
             sequence_length=self.sequence_length,
             tokenizer=self.tokenizer,
@@ -37,3 +49,4 @@ class DataConfig:
             limit=self.limit,
             on_bad_sample=self.on_bad_sample,
         )
+        return masked_lm(data, probability=self.mask_probability) if self.task == "masked-lm" else data

@@ -10,13 +10,12 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from formix.data import Data
 from formix.data.config import DataConfig
-from formix.data.masking import masked_lm
 from formix.records import UNFINISHED, write_atomically
 from formix.training.parallel import Parallel
 from formix.training.progress import Step
@@ -34,9 +33,6 @@ PATIENCE = 10.0  # seconds; the loader's processes of a run that was killed hold
 @dataclass(frozen=True, kw_only=True)
 class JobConfig(DataConfig):
     """The data, the model, and where and how the run is carried out."""
-
-    task: Literal["masked-lm"] | None = None  # None: what the data are for
-    mask_probability: float = 0.15  # of masked-lm: share of the tokens that are to be predicted
 
     design: str | None = None  # a design or combination; None: a directory's own, or softmax
     model: str | None = None  # a timm or text model's name, or a directory with weights; None: a small one that fits
@@ -60,11 +56,6 @@ class JobConfig(DataConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
         if self.threads is not None and not 1 <= self.threads <= 4096:
             raise ValueError(f"threads is {self.threads}; it must be 1 to 4096.")
-
-    def load_data(self) -> Data:
-        """The data of the run."""
-        data = super().load_data()
-        return masked_lm(data, probability=self.mask_probability) if self.task == "masked-lm" else data
 
     def identity(self, data: Data) -> dict[str, Any]:
         """What a checkpoint is of, the contents of the data included."""
