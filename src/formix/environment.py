@@ -21,7 +21,7 @@ class Environment:
     timm: str | None = None  # version; null when the task does not use it
     transformers: str | None = None  # version; null when the task does not use it
     cpu: str  # the processor's model name
-    instruction_set: str  # what PyTorch's kernels use, e.g. "AVX512"
+    instruction_set: str  # what PyTorch's kernels use, e.g. "AVX512", and the GPU where there is one
     threads: int  # threads PyTorch computes with
     platform: str  # operating system and architecture
     commit: str | None = None  # git commit of formix, when it runs from a checkout
@@ -44,12 +44,15 @@ def capture_environment() -> Environment:
 
 
 def instruction_set() -> str:
-    """The vector instructions that PyTorch uses here, and those that multiply bfloat16."""
+    """The vector instructions that PyTorch uses here, those that multiply bfloat16, and the GPU, on which training and
+    comparisons run where there is one."""
     names = [torch.backends.cpu.get_cpu_capability()]
     if torch.cpu._is_avx512_bf16_supported():
         names.append("AVX512-BF16")
     if torch.cpu._is_amx_tile_supported():
         names.append("AMX")
+    if torch.cuda.is_available():
+        names.append(torch.cuda.get_device_name())
     return " + ".join(names)
 
 

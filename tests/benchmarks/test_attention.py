@@ -40,6 +40,21 @@ def test_every_contender_is_measured(backward, monkeypatch):
     assert found.share("relu") > 0
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_tensors_are_made_on_the_device_of_the_case(backward, monkeypatch):
+    monkeypatch.setattr(AttentionCase, "ceiling_side", 64)
+    baselines = ("softmax", "naive", "matmul")
+    case = AttentionCase(designs=("relu", "sima"), baselines=baselines, backward=backward, device="meta", **SMALL)
+    with torch.device(case.device):
+        calls = case.calls()
+    assert len(calls) == 6
+    for name, call in calls.items():
+        out = call()
+        assert {t.device.type for t in (out if isinstance(out, tuple) else [out])} == {"meta"}, name
+    (found,) = measure("attention", [case], repetitions=1, seconds=0.01)
+    assert found.name.endswith("D=8 on meta")
+
+
 def test_inputs_are_views_of_one_packed_projection_or_contiguous():
     q, k, v = AttentionCase(**SMALL)._inputs()
     assert q.shape == (1, 2, 24, 8)
@@ -67,6 +82,7 @@ WRONG = {
     "tokens": ({"tokens": 0}, "tokens is 0"),
     "baseline": ({"baselines": ("flash",)}, "baselines has 'flash'"),
     "instruction set": ({"isas": ("mmx",)}, "isas has 'mmx'"),
+    "instruction set of a GPU": ({"isas": ("avx2",), "device": "cuda"}, "which is of the CPU, and device is 'cuda'"),
 }
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from formix.benchmarks.measure import measure
 from formix.benchmarks.memory import peak_growth
@@ -41,7 +42,31 @@ def test_blocks():
     assert list(found.timings) == ["softmax", "relu", "activator"]
 
 
-@pytest.mark.parametrize(("options", "message"), [({"precision": "int8"}, "int8"), ({"designs": ("nope",)}, "nope")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        BlockCase(tokens=9, batch=1, dim=32, heads=2, training=True, device="meta"),
+        ModelCase(model="vit_tiny_patch16_224", model_args=TINY, device="meta"),
+    ],
+    ids=["block", "model"],
+)
+def test_models_are_made_on_the_device_of_the_case(case, monkeypatch):
+    computed = []
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: computed.append(x) or F.linear(x, self.weight))
+    (found,) = measure("model", [case], repetitions=1, seconds=0.01)
+    assert list(found.timings) == ["softmax", "relu"]
+    assert {x.device.type for x in computed} == {"meta"}
+    assert found.name.endswith("on meta")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "int8"),
+        ({"designs": ("nope",)}, "nope"),
+        ({"device": "cuda", "profiled": True}, "profile tells where the CPU's time goes"),
+    ],
+)
 @pytest.mark.parametrize("kind", [ModelCase, BlockCase])
 def test_wrong_cases(kind, options, message):
     with pytest.raises(ValueError, match=message):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from formix.benchmarks import count_flops
-from formix.comparison.measure import flops_per_item, sample_batch, step_memory
+from formix.comparison.measure import flops_per_item, latencies, sample_batch, step_memory
 from formix.comparison.models import build_model
 from formix.data import load_data
 from formix.training.tasks import MODEL_INPUTS
@@ -37,3 +38,12 @@ def test_a_batch_is_as_large_as_it_says_where_there_are_fewer_samples():
     assert torch.equal(batch["pixel_values"][20:], batch["pixel_values"][:12])
     model = build_model(data, None, {}, "softmax")
     assert step_memory(model, data, 32, "float32") == step_memory(model, data, 20, "float32")  # training has no larger
+
+
+def test_latency_is_of_the_device_that_the_models_are_on(monkeypatch):
+    computed = []
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: computed.append(x) or F.linear(x, self.weight))
+    data = load_data("digits", limit=8)
+    found = latencies({"relu": build_model(data, None, {"depth": 1}, "relu").to("meta")}, data)
+    assert set(found["relu"]) == {"float32", "bfloat16"}
+    assert {(x.device.type, x.dtype) for x in computed} == {("meta", torch.float32), ("meta", torch.bfloat16)}

@@ -54,6 +54,7 @@ class AttentionCase(Measurable):
     causal: bool = False
     layout: Literal["packed", "contiguous"] = "packed"
     only: str | None = None  # an instruction set to which this whole process is held, PyTorch as well
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in self.designs:
@@ -67,7 +68,13 @@ class AttentionCase(Measurable):
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
         if unknown := [name for name in self.baselines if name not in BASELINES]:
             raise ValueError(f"baselines has {unknown[0]!r}; it may have {', '.join(BASELINES)}.")
-        if "compiled" in self.baselines and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        if self.isas and self.device != "cpu":
+            raise ValueError(f"isas has {self.isas[0]!r}, which is of the CPU, and device is {self.device!r}.")
+        if (
+            "compiled" in self.baselines
+            and self.device == "cpu"
+            and not any(map(shutil.which, ("c++", "g++", "clang++")))
+        ):
             raise ValueError("baselines has 'compiled', and torch.compile finds no C++ compiler here: leave it out.")
         for isa in self.isas:
             if reason := native.isas().get(isa, f"the names are {', '.join(native.isas()) or 'none: no kernels'}"):
@@ -83,6 +90,7 @@ class AttentionCase(Measurable):
             self.dtype,
             f"B={self.batch} H={self.heads} N={self.tokens} D={self.head_size}",
             *([f"on {self.only}"] if self.only else []),
+            *([f"on {self.device}"] if self.device != "cpu" else []),
             *([self.layout] if self.layout != "packed" else []),
         ]
         return " ".join(words)

@@ -28,6 +28,8 @@ def idle(done: int, total: int, name: str) -> None:
 class Measurable(ABC):
     """A case that can be measured: the base of a frozen dataclass."""
 
+    device: str  # where its tensors and models are made
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -70,13 +72,14 @@ def measure(
         for i, case in enumerate(cases):
             show(repetition * len(cases) + i, repetitions * len(cases), case.name)
             torch.manual_seed(0)
-            calls = case.calls()
+            with torch.device(case.device):
+                calls = case.calls()
             with case.mode():
                 if repetition == 0:
                     start = time.perf_counter()
                     for call in calls.values():  # compilation and first pages are not memory of the call
                         call()
-                    memory[i] = {name: peak_growth(call) for name, call in calls.items()}
+                    memory[i] = {name: peak_growth(call, case.device) for name, call in calls.items()}
                     long = time.perf_counter() - start > 4 * seconds
                 else:
                     long = sum(values[0] for values in medians[i].values()) > seconds

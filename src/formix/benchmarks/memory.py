@@ -1,4 +1,4 @@
-"""How much resident memory a call needs at its peak."""
+"""How much memory a call needs at its peak."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 
-def peak_growth(call: Callable[[], object]) -> int | None:
+
+def peak_growth(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Bytes by which `call` raises the resident memory of this process at its peak; None where the system does not say
-    (it takes Linux's /proc). What earlier calls left allocated is not counted again."""
+    (it takes Linux's /proc). What earlier calls left allocated is not counted again. With a CUDA `device`, the bytes of
+    tensors there."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - held
     reset = Path("/proc/self/clear_refs")
     if not sys.platform.startswith("linux") or not reset.exists():
         return None

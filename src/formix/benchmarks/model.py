@@ -41,15 +41,16 @@ class ModelCase(Measurable):
     training: bool = False
     model_args: dict[str, Any] = field(default_factory=dict)
     profiled: bool = False  # also where the time goes
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _check(self.designs, self.precision)
+        _check(self)
 
     @property
     def name(self) -> str:
         """Unique among the cases of a run."""
         what = "training step" if self.training else "forward"
-        return f"{self.model} {'+'.join(self.designs)} {what} {self.precision} B={self.batch}"
+        return f"{self.model} {'+'.join(self.designs)} {what} {self.precision} B={self.batch}{_place(self)}"
 
     def models(self) -> dict[str, nn.Module]:
         """Contender -> model, all of the same trunk."""
@@ -103,16 +104,17 @@ class BlockCase(Measurable):
     precision: str = "bfloat16"
     training: bool = False
     profiled: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _check(self.designs, self.precision)
+        _check(self)
 
     @property
     def name(self) -> str:
         """Unique among the cases of a run."""
         what = "forward + backward" if self.training else "forward"
         shape = f"B={self.batch} N={self.tokens} C={self.dim} H={self.heads}"
-        return f"block {'+'.join(self.designs)} {what} {self.precision} {shape}"
+        return f"block {'+'.join(self.designs)} {what} {self.precision} {shape}{_place(self)}"
 
     def models(self) -> dict[str, nn.Module]:
         """Contender -> block."""
@@ -146,7 +148,7 @@ class BlockCase(Measurable):
         grad = torch.randn(self.batch, self.tokens, self.dim)
 
         def call() -> object:
-            with torch.set_grad_enabled(self.training), _autocast(self.precision):
+            with torch.set_grad_enabled(self.training), _autocast(self):
                 out = block(x)
             if self.training:
                 out.backward(grad.to(out.dtype))
@@ -155,11 +157,19 @@ class BlockCase(Measurable):
         return call
 
 
-def _check(designs: tuple[str, ...], precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
-    for name in designs:
+def _check(case: ModelCase | BlockCase) -> None:
+    if case.precision not in PRECISIONS:
+        raise ValueError(f"precision is {case.precision!r}; it must be one of {', '.join(PRECISIONS)}.")
+    if case.profiled and case.device != "cpu":
+        raise ValueError(
+            f"device is {case.device!r}, and profile tells where the CPU's time goes; leave one of them out."
+        )
+    for name in case.designs:
         find_design(name)
+
+
+def _place(case: ModelCase | BlockCase) -> str:
+    return "" if case.device == "cpu" else f" on {case.device}"
 
 
 @functools.cache
@@ -193,7 +203,7 @@ def _call(model: nn.Module, case: ModelCase) -> Callable[[], object]:
 
         @torch.inference_mode()
         def forward() -> object:
-            with _autocast(case.precision):
+            with _autocast(case):
                 return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
         return forward
@@ -201,7 +211,7 @@ def _call(model: nn.Module, case: ModelCase) -> Callable[[], object]:
     labels = torch.randint(0, 10, (case.batch,)) if isinstance(inputs, Tensor) else inputs["input_ids"]
 
     def step() -> None:
-        with _autocast(case.precision):
+        with _autocast(case):
             if isinstance(inputs, Tensor):
                 loss = F.cross_entropy(model(inputs), labels)
             else:
@@ -213,5 +223,7 @@ def _call(model: nn.Module, case: ModelCase) -> Callable[[], object]:
     return step
 
 
-def _autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else contextlib.nullcontext()
+def _autocast(case: ModelCase | BlockCase) -> contextlib.AbstractContextManager[Any]:
+    if case.precision != "autocast":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(case.device).type, torch.bfloat16)

@@ -36,7 +36,16 @@ class _Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionBench(_Common):
+class _OnDevice(_Common):
+    device: str = "cpu"  # or cuda, cuda:1, ...
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBench(_OnDevice):
     """Time attention operators against PyTorch's fused softmax, the plain and the compiled form and matrix product."""
 
     designs: str = "relu"  # with commas, each a pointwise design or sima, such as 'relu,relu(activation=gelu),sima'
@@ -53,7 +62,7 @@ class AttentionBench(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockBench(_Common):
+class BlockBench(_OnDevice):
     """Time transformer blocks of several designs against the softmax block."""
 
     designs: str = "relu,sima"  # with commas
@@ -68,7 +77,7 @@ class BlockBench(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelBench(_Common):
+class ModelBench(_OnDevice):
     """Time whole models of several designs against the softmax model, timm's own where it has one."""
 
     model: str = "vit_small_patch8_224"  # a name that formix.create_model takes
@@ -82,7 +91,7 @@ class ModelBench(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertedBench(_Common):
+class ConvertedBench(_OnDevice):
     """Time converted models against the classes of timm and transformers that they were converted from."""
 
     directories: str = ""  # that formix convert has written, with commas
@@ -98,6 +107,17 @@ class TargetsBench(_Common):
 
     targets: str = "1,2,3,4,5,6,7,8"  # numbers of the targets, with commas
     seconds: float = 0.4  # for a case in one repetition, one round at least
+
+
+def check_device(name: str) -> None:
+    """Raise `ValueError` for a device on which nothing can be timed here."""
+    import torch
+
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or name.startswith("cpu:"):
+        raise ValueError(f"device is {name!r}; it must be cpu, cuda, or cuda:1 and so on.")
+    if kind == "cuda" and int(number or 0) >= (there := torch.cuda.device_count()):
+        raise ValueError(f"device is {name!r}, and PyTorch {torch.__version__} finds {there} CUDA devices here.")
 
 
 BENCHES = {
@@ -201,6 +221,7 @@ def _attention(config: AttentionBench) -> list[Any]:
             backward=backward,
             causal=config.causal,
             layout=config.layout,
+            device=config.device,
         )
         for backward in {"forward": (False,), "backward": (True,), "both": (False, True)}[config.passes]
         for dtype in names(config.dtypes, "dtypes")
@@ -222,6 +243,7 @@ def _blocks(config: BlockBench) -> list[Any]:
             precision=precision,
             training=config.training,
             profiled=config.profile,
+            device=config.device,
         )
         for precision in names(config.precisions, "precisions")
         for tokens in numbers(config.tokens, "tokens")
@@ -241,6 +263,7 @@ def _models(config: ModelBench) -> list[Any]:
             training=config.training,
             model_args=config.model_args,
             profiled=config.profile,
+            device=config.device,
         )
         for precision in names(config.precisions, "precisions")
     ]
@@ -259,6 +282,7 @@ def _converted(config: ConvertedBench) -> list[Any]:
             img_sizes=numbers(config.img_sizes, "img_sizes") if config.img_sizes else (None,),
             batch=config.batch,
             precision=precision,
+            device=config.device,
         )
     ]
 

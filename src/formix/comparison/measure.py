@@ -41,13 +41,17 @@ def step_memory(model: nn.Module, data: Data, batch_size: int, precision: str) -
 def latencies(models: dict[str, nn.Module], data: Data) -> dict[str, dict[str, dict[str, float | None]]]:
     """Milliseconds of a forward pass: design -> dtype -> batch size; the designs are timed in turn.
 
-    The models run as a user would run them: evaluation mode, no gradients, weights and inputs in the dtype.
+    The models run as a user would run them, on the device that they are on: evaluation mode, no gradients, weights and
+    inputs in the dtype.
     """
     result: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in models}
+    device = next(next(iter(models.values())).parameters()).device
     for dtype in LATENCY_DTYPES:
         typed = {name: model.eval().to(dtype) for name, model in models.items()}
         for size in LATENCY_BATCHES:
-            batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in sample_batch(data, size).items()}
+            batch = {
+                k: v.to(device, dtype if v.is_floating_point() else None) for k, v in sample_batch(data, size).items()
+            }
             calls = {name: _call(model, batch) for name, model in typed.items()}
             for name, seconds in interleaved_medians(calls).items():
                 result[name].setdefault(str(dtype).removeprefix("torch."), {})[str(size)] = 1e3 * seconds

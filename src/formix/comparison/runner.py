@@ -42,6 +42,7 @@ from formix.records import write_atomically
 from formix.training import Objective, Step, evaluate, task_objective, train
 from formix.training.acceleration import computed_in
 from formix.training.job import LOCK, is_free
+from formix.training.parallel import start
 
 _log = logging.getLogger("formix")
 
@@ -139,7 +140,7 @@ class _Job:
             return read_run(path)
         training = self.config.training(lr, seed)
         set_seed(seed)
-        model = build_model(self.data, self.config.model, self.config.model_args, name)
+        model = build_model(self.data, self.config.model, self.config.model_args, name).to(start().device)
         part = math.ceil(self.config.batch_size / self.config.accumulation)
         memory = step_memory(model, self.data, part, training.precision)
         flops = flops_per_item(model, self.data)
@@ -207,7 +208,8 @@ def _with_latencies(
 ) -> list[RunRecord]:
     """Latency depends on the design and not on the weights, so it is measured once for all runs of a design."""
     set_seed(0)
-    models = {name: build_model(data, config.model, config.model_args, name) for name in names}
+    place = start().device
+    models = {name: build_model(data, config.model, config.model_args, name).to(place) for name in names}
     measured = latencies(models, data)
     return [replace(run, latency_ms=measured[run.design]) for run in runs]
 

@@ -27,6 +27,7 @@ class ConvertedCase(Measurable):
     img_size: int | None = None  # side of the image; None: the model's own
     batch: int = 1
     precision: str = "bfloat16"  # of weights and inputs
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -38,7 +39,8 @@ class ConvertedCase(Measurable):
     def name(self) -> str:
         """Unique among the cases of a run."""
         size = f"{self.img_size or 'own'} pixels" if self.tokens is None else f"N={self.tokens}"
-        return f"{self.directory} forward {self.precision} B={self.batch} {size}"
+        place = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.directory} forward {self.precision} B={self.batch} {size}{place}"
 
     def models(self) -> dict[str, Any]:
         """Contender -> model."""
@@ -53,7 +55,7 @@ class ConvertedCase(Measurable):
         dtype = getattr(torch, self.precision)
         models = self.models()
         inputs = self._inputs(models["converted"], dtype)
-        return {name: partial(_forward, model.to(dtype).eval(), inputs) for name, model in models.items()}
+        return {name: partial(_forward, model.to(self.device, dtype).eval(), inputs) for name, model in models.items()}
 
     def flops(self, contender: str) -> int | None:
         """Operations of one call; None for the source's class, whose attention the counter does not see."""
@@ -84,7 +86,13 @@ class ConvertedCase(Measurable):
 
 
 def converted_cases(
-    directory: str, *, tokens: Sequence[int], img_sizes: Sequence[int | None], batch: int, precision: str
+    directory: str,
+    *,
+    tokens: Sequence[int],
+    img_sizes: Sequence[int | None],
+    batch: int,
+    precision: str,
+    device: str = "cpu",
 ) -> list[ConvertedCase]:
     """Cases of one directory: every number of `tokens` for a text model, every size for an image model.
 
@@ -97,7 +105,7 @@ def converted_cases(
     config = read_config(Path(directory))
     if not (Path(directory) / FILE).is_file():
         raise ValueError(f"{directory} has no {FILE}; give a directory that formix convert has written.")
-    common: dict[str, Any] = {"directory": directory, "batch": batch, "precision": precision}
+    common: dict[str, Any] = {"directory": directory, "batch": batch, "precision": precision, "device": device}
     if "architecture" in config:
         return [ConvertedCase(img_size=size, **common) for size in img_sizes]
     return [ConvertedCase(tokens=count, **common) for count in tokens]
