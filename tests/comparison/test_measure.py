@@ -1,13 +1,18 @@
 """What is measured of every design, and on which samples."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from formix.benchmarks import count_flops
+from formix.comparison import measure
 from formix.comparison.measure import flops_per_item, latencies, sample_batch, step_memory
 from formix.comparison.models import build_model
 from formix.data import load_data
+from formix.training import TrainConfig
+from formix.training.one_step import one_step
 from formix.training.tasks import MODEL_INPUTS
 
 
@@ -47,3 +52,25 @@ def test_latency_is_of_the_device_that_the_models_are_on(monkeypatch):
     found = latencies({"relu": build_model(data, None, {"depth": 1}, "relu").to("meta")}, data)
     assert set(found["relu"]) == {"float32", "bfloat16"}
     assert {(x.device.type, x.dtype) for x in computed} == {("meta", torch.float32), ("meta", torch.bfloat16)}
+
+
+def test_training_steps_are_those_of_the_run_and_the_designs_are_taken_in_turn(monkeypatch):
+    made = []
+
+    def build(name):
+        made.append(name)
+        return build_model(data, None, {"depth": 1}, name)
+
+    data, config = load_data("digits", limit=24), TrainConfig(batch_size=32, accumulation=2, precision="float32")
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    designs = {name: functools.partial(build, name) for name in ("softmax", "relu")}
+    speeds = measure.training_speeds(designs, data, config)
+    assert made == ["softmax", "relu"] * measure.PASSES
+    assert set(speeds) == set(designs)
+    assert min(speeds.values()) > 0
+    model = build("relu")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    step = one_step(model, data, config)
+    assert step.samples == len(step.batch["labels"]) == 16  # a part of the batch
+    step.take()
+    assert not any(torch.equal(before[name], weight) for name, weight in model.named_parameters())

@@ -275,11 +275,13 @@ def test_hybrids_and_options_are_designs_like_others(tmp_path):
     assert [r.status for r in results.runs] == ["ok"] * 3
 
 
-def test_latencies_are_measured_for_both_dtypes_and_batches(tmp_path):
-    settings = {**SMALL, "latency": True, "seeds": 1, "epochs": 1.0}
-    run = compare(CompareConfig(**settings, out=str(tmp_path))).runs[0]
-    assert set(run.latency_ms) == {"float32", "bfloat16"}
-    assert all(set(row) == {"1", "32"} and min(row.values()) > 0 for row in run.latency_ms.values())
+def test_times_are_measured_once_for_all_runs_of_a_design(tmp_path):
+    settings = {**SMALL, "latency": True, "epochs": 1.0}
+    runs = compare(CompareConfig(**settings, out=str(tmp_path))).runs
+    for run in runs:
+        assert set(run.latency_ms) == {"float32", "bfloat16"}
+        assert all(set(row) == {"1", "32"} and min(row.values()) > 0 for row in run.latency_ms.values())
+    assert len({(run.design, run.train_items_per_second) for run in runs}) == len({run.design for run in runs}) == 2
 
 
 def test_killed_in_the_middle_it_keeps_finished_runs_and_ends_as_if_undisturbed(tmp_path):

@@ -33,7 +33,8 @@ class CompareConfig(DataConfig):
     model: str | None = None  # a timm or text model's name, or a directory with weights; None: a small one that fits
     model_args: dict[str, Any] = field(default_factory=dict)  # its arguments: {embed_dim: 64, depth: 4}
 
-    latency: bool = True  # measure inference time at batch 1 and 32 in float32 and bfloat16
+    # time inference at batch 1 and 32 in float32 and bfloat16, and training steps, the designs in turn
+    latency: bool = True
     threads: int | None = None  # CPU threads; None: PyTorch's choice
     out: str = "runs/compare"  # where results.json, results.csv and report.html go
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from formix.benchmarks import interleaved_medians
+from formix.benchmarks.latency import interleaved_times
 from formix.data import Batch, Data
-from formix.training import forward, peak_step_memory
+from formix.training import TrainConfig, forward, peak_step_memory
+from formix.training.one_step import one_step
 from formix.training.plan import flops_per_sample
 
 LATENCY_BATCHES = (1, 32)
 LATENCY_DTYPES = (torch.float32, torch.bfloat16)
+PASSES, SECONDS = 3, 0.5  # of training steps: over all designs, and of each design in one
 
 
 def sample_batch(data: Data, size: int, *, longest: bool = False) -> Batch:
@@ -56,6 +60,18 @@ def latencies(models: dict[str, nn.Module], data: Data) -> dict[str, dict[str, d
             for name, seconds in interleaved_medians(calls).items():
                 result[name].setdefault(str(dtype).removeprefix("torch."), {})[str(size)] = 1e3 * seconds
     return result
+
+
+def training_speeds(build: Mapping[str, Callable[[], nn.Module]], data: Data, config: TrainConfig) -> dict[str, float]:
+    """Samples per second of training steps: design -> number. The designs are timed in turn, `PASSES` times over, each
+    with a new model, so that there is never more than one: the median over the passes."""
+    speeds: dict[str, list[float]] = {name: [] for name in build}
+    for _ in range(PASSES):
+        for name, make in build.items():
+            step = one_step(make(), data, config)
+            times = interleaved_times({name: step.take}, repeats=100, seconds=SECONDS)[name]
+            speeds[name].append(step.samples / statistics.median(times))
+    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def _call(model: Any, batch: Batch) -> Callable[[], object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
 
 from formix.comparison.config import CompareConfig
-from formix.comparison.measure import flops_per_item, latencies, step_memory
+from formix.comparison.measure import flops_per_item, latencies, step_memory, training_speeds
 from formix.comparison.models import build_model, default_model
 from formix.comparison.results import (
     CurvePoint,
@@ -104,7 +105,7 @@ def _compare(
             runs.append(job.run(name, chosen[name] or config.learning_rates[0], seed))
     runs = [_marked(run, chosen[run.design]) for run in runs]
     if config.latency:
-        runs = _with_latencies(runs, config, data, able)
+        runs = _with_times(runs, config, data, able)
     results = Results(
         command=shlex.join(["formix", *sys.argv[1:]]),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -203,15 +204,19 @@ def _check_designs(config: CompareConfig, data: Data) -> list[DesignRecord]:
     return records
 
 
-def _with_latencies(
-    runs: Sequence[RunRecord], config: CompareConfig, data: Data, names: Iterable[str]
-) -> list[RunRecord]:
-    """Latency depends on the design and not on the weights, so it is measured once for all runs of a design."""
+def _with_times(runs: Sequence[RunRecord], config: CompareConfig, data: Data, names: Iterable[str]) -> list[RunRecord]:
+    """How long inference and training take depends on the design and not on the weights, so it is measured once for all
+    runs of a design, the designs in turn: the runs themselves lie minutes apart, in which a machine's speed changes."""
     set_seed(0)
     place = start().device
-    models = {name: build_model(data, config.model, config.model_args, name).to(place) for name in names}
-    measured = latencies(models, data)
-    return [replace(run, latency_ms=measured[run.design]) for run in runs]
+
+    def build_there(name: str) -> Any:
+        return build_model(data, config.model, config.model_args, name).to(place)
+
+    build = {name: functools.partial(build_there, name) for name in names}
+    speeds = training_speeds(build, data, config.training(config.learning_rates[0], seed=0))
+    measured = latencies({name: make() for name, make in build.items()}, data)
+    return [replace(run, latency_ms=measured[run.design], train_items_per_second=speeds[run.design]) for run in runs]
 
 
 def _count(config: CompareConfig, able: Sequence[str]) -> int:

@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from formix.benchmarks import count_flops
+from formix.benchmarks.latency import interleaved_times
 from formix.data import Batch, Data
-from formix.data.augmentation import augmented
-from formix.data.draws import epoch_order
-from formix.training.acceleration import autocast_dtype, recompute_activations
+from formix.training.acceleration import recompute_activations
 from formix.training.config import TrainConfig
 from formix.training.ema import Ema
 from formix.training.memory import peak_step_memory
+from formix.training.one_step import one_step
 from formix.training.optimizers import make_optimizer
-from formix.training.tasks import MODEL_INPUTS, task_objective
+from formix.training.tasks import MODEL_INPUTS
 
 TIMED_STEPS = 3
 
@@ -64,30 +63,11 @@ def plan(model: nn.Module, data: Data, config: TrainConfig, device: torch.device
     probe = copy.deepcopy(model).to(device).train()
     if config.activation_checkpointing:
         recompute_activations(probe)
-    training = augmented(data, config.augmentation, config.seed).train
-    size = len(training)
-    part = min(math.ceil(config.batch_size / config.accumulation), size)
-    indices = epoch_order(training, 0, config.seed)[:part].tolist()
-    batch = training.__getitems__(indices)
-    device = next(probe.parameters()).device
-    optimizer = make_optimizer(probe, config)
-    objective = task_objective(data, config.label_smoothing, config.loss)
-    half = autocast_dtype(config.precision)
-    times = []
-    for _ in range(1 + TIMED_STEPS):  # the first allocates the optimiser's state
-        begin = time.perf_counter()
-        drawn = {name: tensor.to(device) for name, tensor in training.__getitems__(indices).items()}
-        with torch.autocast(device.type, half, enabled=half is not None):
-            objective.loss(probe, drawn).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    part_seconds = statistics.median(times[1:])
-    step_seconds = part_seconds * min(config.batch_size, size) / part
-    flops = flops_per_sample(model, batch)
-    memory = peak_step_memory(probe, data, batch, config.precision, lambda copied: make_optimizer(copied, config))
+    step, size = one_step(probe, data, config), len(data.train)
+    times = interleaved_times({"step": step.take}, repeats=TIMED_STEPS, seconds=math.inf, warm_up=1)["step"]
+    part_seconds = statistics.median(times)
+    flops = flops_per_sample(model, step.batch)
+    memory = peak_step_memory(probe, data, step.batch, config.precision, lambda copied: make_optimizer(copied, config))
     if config.ema:
         memory += sum(tensor.nbytes for tensor in Ema(probe, config.ema).weights.values())
     steps = None
@@ -100,9 +80,9 @@ def plan(model: nn.Module, data: Data, config: TrainConfig, device: torch.device
         flops=None if config.epochs is None else 3.0 * flops * config.epochs * size,
         steps=steps,
         memory=memory,
-        seconds_per_step=step_seconds,
-        samples_per_second=part / part_seconds,
-        seconds=config.seconds if config.epochs is None else config.epochs * size * part_seconds / part,  # type: ignore[arg-type]
+        seconds_per_step=part_seconds * min(config.batch_size, size) / step.samples,
+        samples_per_second=step.samples / part_seconds,
+        seconds=config.seconds if config.epochs is None else config.epochs * size * part_seconds / step.samples,  # type: ignore[arg-type]
     )
 
 
