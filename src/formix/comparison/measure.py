@@ -18,7 +18,7 @@ from formix.training.plan import flops_per_sample
 
 LATENCY_BATCHES = (1, 32)
 LATENCY_DTYPES = (torch.float32, torch.bfloat16)
-PASSES, SECONDS = 3, 0.5  # of training steps: over all designs, and of each design in one
+SECONDS = 2.0  # for the training steps of two designs
 
 
 def sample_batch(data: Data, size: int, *, longest: bool = False) -> Batch:
@@ -63,15 +63,22 @@ def latencies(models: dict[str, nn.Module], data: Data) -> dict[str, dict[str, d
 
 
 def training_speeds(build: Mapping[str, Callable[[], nn.Module]], data: Data, config: TrainConfig) -> dict[str, float]:
-    """Samples per second of training steps: design -> number. The designs are timed in turn, `PASSES` times over, each
-    with a new model, so that there is never more than one: the median over the passes."""
-    speeds: dict[str, list[float]] = {name: [] for name in build}
-    for _ in range(PASSES):
-        for name, make in build.items():
-            step = one_step(make(), data, config)
-            times = interleaved_times({name: step.take}, repeats=100, seconds=SECONDS)[name]
-            speeds[name].append(step.samples / statistics.median(times))
-    return {name: statistics.median(values) for name, values in speeds.items()}
+    """Samples per second of training steps: design -> number.
+
+    Each design takes steps in turn with the first one, so that there are never more than two models and their
+    optimisers, and has the first one's speed times the median of the quotients of neighbouring steps.
+    """
+    first, *others = build
+    times: list[float] = []
+    faster = {first: 1.0}
+    for name in others or [first]:
+        steps = {design: one_step(build[design](), data, config) for design in dict.fromkeys((first, name))}
+        calls = {design: step.take for design, step in steps.items()}
+        found = interleaved_times(calls, repeats=100, seconds=SECONDS)
+        times += found[first]
+        faster[name] = statistics.median(a / b for a, b in zip(found[first], found[name], strict=True))
+    speed = steps[first].samples / statistics.median(times)
+    return {name: speed * faster[name] for name in build}
 
 
 def _call(model: Any, batch: Batch) -> Callable[[], object]:
