@@ -111,6 +111,22 @@ def test_validation_without_test_is_the_test_split(tmp_path):
     assert data.provenance["bytes"] == {"train": 450, "validation": 50, "test": 500}
 
 
+def test_files_beside_named_splits_are_passed_over_and_said(tmp_path, caplog):
+    for name in ("train", "test", "more"):
+        write(tmp_path / f"{name}.txt", name * 100)
+    write(tmp_path / "train-test.txt", "BOTH" * 100)  # in both, it would be trained and tested on
+    data = load_data(f"text:{tmp_path}", sequence_length=8)
+    assert data.provenance["bytes"] == {"train": 450, "validation": 50, "test": 400}
+    assert set(bytes(stream(data.test))) == set(b"test")
+    assert f"passed over in {tmp_path}: 2 files whose names say no one split, such as" in caplog.text
+
+
+def test_a_name_of_two_splits_names_none(tmp_path):
+    only = write(tmp_path / "train-test.txt", prose(400))
+    data = load_data(f"text:{only}", sequence_length=8)
+    assert sum(data.provenance["bytes"].values()) == only.stat().st_size
+
+
 def test_wikitext(shared):
     data = load_data(f"text:{shared / 'wikitext-2'}", limit=500_000)
     original = (shared / "wikitext-2" / "wiki.test.tokens").read_bytes()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +18,7 @@ from torch.utils.data import Dataset, default_collate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_log = logging.getLogger("formix")
 Batch = dict[str, Tensor]
 Task = Literal["image-classification", "causal-lm", "masked-lm", "sequence-classification", "sequence-regression"]
 Metric = Literal["accuracy", "bits_per_byte", "perplexity", "matthews_corrcoef", "spearman"]
@@ -182,6 +186,12 @@ class Request:
 def split_of(folder: str) -> str | None:
     """The split that a folder's name says, in capitals or not; None for any other name."""
     return next((split for split, words in SPLIT_WORDS.items() if folder.lower() in words), None)
+
+
+def pass_over(place: object, files: Sequence[PurePath], what: str, more: str = "") -> None:
+    """Say that files are no part of the data, how many there are and what kind; of several processes, one says it."""
+    if files and os.environ.get("RANK", "0") == "0":
+        _log.warning("passed over in %s: %d %s, such as %s%s", place, len(files), what, min(files), more)
 
 
 def majority_accuracy(train_labels: Tensor, test_labels: Tensor) -> float:

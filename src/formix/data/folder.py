@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import tarfile
 from collections import Counter
@@ -17,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formix.data.base import SPLITS, Data, Request, split_of
+from formix.data.base import SPLITS, Data, Request, pass_over, split_of
 from formix.data.encoded import EncodedImage, ListedImages
 from formix.data.images import ImageDataset, Pixels, image_data
 from formix.data.unreadable import count_skipped, readable, refuse_loss
 
-_log = logging.getLogger("formix")
 MEMORY_LIMIT = 2**30  # bytes of decoded pixels up to which images are kept; above, each is decoded when it is read
 BY_CLASS = "a folder per class"  # and no splits
 NO_CLASS = "images in no class"
@@ -168,20 +166,14 @@ def picture_tree(root: Path) -> tuple[dict[PurePosixPath, EncodedImage], set[Pur
         raise ValueError(f"{str(root)!r} holds no images ({', '.join(IMG_EXTENSIONS)}).")
     known = Image.registered_extensions()
     others = [p for p in found if p not in images and p.suffix.lower() in known]
-    _pass_over(root, others, "of other formats", f"; folders are searched for {', '.join(IMG_EXTENSIONS)}")
-    _pass_over(root, [place for place in links if place not in found], "links to what it does not hold")
+    pass_over(root, others, "of other formats", f"; folders are searched for {', '.join(IMG_EXTENSIONS)}")
+    pass_over(root, [place for place in links if place not in found], "links to what it does not hold")
     while all(len(p.parts) > 2 for p in images) and len(tops := {p.parts[0] for p in images}) == 1:
         if split_of(*tops) and not all(split_of(p.parts[1]) for p in images):
             break
         folders = {PurePosixPath(*p.parts[1:]) for p in folders if p.parts[:1] == (*tops,)}
         images = {PurePosixPath(*p.parts[1:]): f for p, f in images.items()}
     return dict(sorted(images.items())), folders
-
-
-def _pass_over(root: str | Path, files: Sequence[PurePosixPath], what: str, more: str = "") -> None:
-    """Say that files are no part of the data, how many there are and what kind."""
-    if files and os.environ.get("RANK", "0") == "0":
-        _log.warning("passed over in %s: %d %s, such as %s%s", root, len(files), what, min(files), more)
 
 
 def _read_part(path: Path, offset: int, size: int) -> bytes:
@@ -206,7 +198,7 @@ def _splits(
         raise ValueError(f"{request.name!r} has images but no classes; put the images of each class in a folder.")
     depth = 2 if tops else 1
     outside = [p for p in tree if len(p.parts) <= depth or (tops and p.parts[0] not in tops.values())]
-    _pass_over(request.argument, outside, "images in no class" + (" of a split" if tops else ""))
+    pass_over(request.argument, outside, "images in no class" + (" of a split" if tops else ""))
     return named, how
 
 

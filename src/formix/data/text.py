@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formix.data.base import SPLIT_WORDS, SPLITS, Batch, BatchDataset, Data, Request
+from formix.data.base import SPLIT_WORDS, SPLITS, Batch, BatchDataset, Data, Request, pass_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -153,8 +153,9 @@ def load_text(request: Request) -> Data:
     """`text:PATH`, a file, a folder of text files, or several files with commas between.
 
     Files whose names say train and test (and valid, else held out of train) keep these splits, and of train and valid
-    alone the latter is the test split; other text is joined and divided into contiguous parts, train first. ValueError
-    for a path that does not exist or holds no text.
+    alone the latter is the test split; files beside them whose names say none, or several, are passed over with a
+    warning. Other text is joined and divided into contiguous parts, train first. ValueError for a path that does not
+    exist or holds no text.
     """
     files = text_files(request.argument)
     named = _named_splits(files)
@@ -163,7 +164,9 @@ def load_text(request: Request) -> Data:
     else:
         texts, how = divide_text(request, {split: _read(named[split]) for split in SPLITS if named[split]})
         how = f"splits by the names of the files; {how}"
-        files = [path for split in SPLITS for path in named[split]]
+        read = [path for split in SPLITS for path in named[split]]
+        pass_over(request.argument, [path for path in files if path not in read], "files whose names say no one split")
+        files = read
     provenance = {"source": [str(path) for path in files], "licence": "the user's own files", "preprocessing": how}
     return text_data(request, texts, provenance)
 
@@ -211,10 +214,13 @@ def text_files(argument: str) -> list[Path]:
 def _named_splits(files: Sequence[Path]) -> dict[str, list[Path]] | None:
     """Files per split by the words train, valid, test in their names; None if they do not name train and another one.
 
-    Where no file is for test, those for validation are the test split.
+    A name with words of several splits says none. Where no file is for test, those for validation are the test split.
     """
-    in_name = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in files}
-    named = {split: [path for path in files if not in_name[path].isdisjoint(SPLIT_WORDS[split])] for split in SPLITS}
+    said = {}
+    for path in files:
+        words = set(re.split(r"[^a-z]+", path.name.lower()))
+        said[path] = [split for split in SPLITS if not words.isdisjoint(SPLIT_WORDS[split])]
+    named = {split: [path for path in files if said[path] == [split]] for split in SPLITS}
     if not named["test"]:
         named["test"], named["validation"] = named["validation"], []
     return named if named["train"] and named["test"] else None
