@@ -121,6 +121,11 @@ def test_files_beside_named_splits_are_passed_over_and_said(tmp_path, caplog):
     assert f"passed over in {tmp_path}: 2 files whose names say no one split, such as" in caplog.text
 
 
+def test_a_folder_may_have_the_name_of_a_text(tmp_path):
+    write(tmp_path / "notes.txt" / "a.txt", prose(100))
+    assert load_data(f"text:{tmp_path}", sequence_length=8).provenance["source"] == [f"{tmp_path}/notes.txt/a.txt"]
+
+
 def test_a_name_of_two_splits_names_none(tmp_path):
     only = write(tmp_path / "train-test.txt", prose(400))
     data = load_data(f"text:{only}", sequence_length=8)

@@ -194,7 +194,7 @@ def text_files(argument: str) -> list[Path]:
     for path in [whole] if whole.exists() else [Path(part) for part in argument.split(",")]:
         if not path.exists():
             raise ValueError(f"{str(path)!r} does not exist; give a text file, several with commas, or a folder.")
-        files += sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
+        files += sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{argument!r} holds no text: a folder needs files that end in {', '.join(SUFFIXES)}.")
     seen = set()
