@@ -27,6 +27,10 @@ def test_an_epoch_draws_every_sample_once_and_another_epoch_in_another_order():
     assert set(second[:, 1].tolist()) == {1}
 
 
+def test_samples_are_counted_from_the_end_too():
+    assert Numbers(10)[-1]["draws"].tolist() == Numbers(10)[9]["draws"].tolist() == [9, 0]
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
     numbers = Numbers(20)
     assert torch.equal(epoch_order(numbers, 2, 5), epoch_order(numbers, 2, 5))

@@ -49,7 +49,7 @@ class BatchDataset(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+        return {key: value[0] for key, value in self.__getitems__([index % len(self)]).items()}
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
