@@ -19,6 +19,14 @@ def test_perplexity_is_the_exponential_of_the_mean_loss():
     assert perplexity(model, data) == pytest.approx(loss.exp().item(), rel=1e-5)
 
 
+def test_a_model_that_is_wrong_beyond_all_numbers_has_a_large_perplexity():
+    data = load_data("stdlib", limit=20000, sequence_length=32, validation_fraction=0.002, test_fraction=0.002)
+    model = formix.create_model("gpt2-nano", vocab_size=256, n_layer=1, n_embd=16, n_head=2).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1e5)
+    assert perplexity(model, data) > 1e300
+
+
 def test_other_data_are_refused():
     with pytest.raises(ValueError, match="needs text"):
         perplexity(torch.nn.Linear(1, 1), load_data("digits"))

@@ -22,4 +22,5 @@ def perplexity(model: nn.Module, data: Data, split: str = "test", *, batch_size:
     if reads_text(model):  # of any other nothing says what it knows
         check_data(model, data, "The model")
     assert data.bytes_per_target is not None
-    return 2.0 ** (evaluate(model, data, split, batch_size=batch_size) * data.bytes_per_target[split])
+    bits = evaluate(model, data, split, batch_size=batch_size) * data.bytes_per_target[split]
+    return 2.0 ** min(bits, 1000.0)  # a double ends at 2^1024
