@@ -266,6 +266,14 @@ def saved_text_model(directory: Path, name: str, **arguments) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("name", ["gpt2-nano", "bert-tiny"])
+@pytest.mark.parametrize("task", ["features", "sequence-classification", "token-classification"])
+def test_a_text_without_tokens_is_refused(tmp_path, capsys, name, task):
+    where = saved_text_model(tmp_path, name, task=task)
+    assert main(["predict", str(where), "--text="]) == 2
+    assert "'' has no tokens for the model to read" in capsys.readouterr().err
+
+
 def test_runs_of_tokens(tmp_path, capsys, caplog):
     where = saved_text_model(
         tmp_path, "bert-tiny", task="token-classification", num_labels=3, max_position_embeddings=8

@@ -6,6 +6,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModel
 
 import formix
+from formix.data.byte_tokenizer import byte_tokenizer
 from formix.data.glue import train_wordpiece
 from formix.evaluation import sentence_embeddings, sts_spearman
 
@@ -49,6 +50,13 @@ def test_sentences_are_cut_to_the_models_positions(tokenizer):
     whole = " ".join(SENTENCES)
     eight = sentence_embeddings(model, tokenizer, [whole], max_length=8)
     assert torch.equal(sentence_embeddings(model, tokenizer, [whole]), eight)
+
+
+def test_a_sentence_without_tokens_is_refused_and_no_sentences_have_no_embeddings():
+    model = formix.create_model("bert-tiny", task="features", vocab_size=258, **SMALL)
+    with pytest.raises(ValueError, match="'' has no tokens, and so no embedding; leave it out"):
+        sentence_embeddings(model, byte_tokenizer(masked=True), ["abc", ""])
+    assert sentence_embeddings(model, byte_tokenizer(masked=True), []).shape == (0, 32)
 
 
 def test_spearman_of_a_file(tokenizer, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from formix.data import Batch
+from formix.evaluation.sentences import mean_pooled
 from formix.models.parts import Layer
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -100,11 +101,3 @@ def answer(model: Any, batch: Batch) -> Answer:
         None if causal else mean_pooled(seen[0], batch.get("attention_mask"))[:, None],
         getattr(out, "logits", None),
     )
-
-
-def mean_pooled(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, N, C] -> [B, C], the mean of the tokens that the mask [B, N] shows."""
-    if mask is None:
-        return tokens.mean(1)
-    weights = mask[..., None].to(tokens.dtype)
-    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)

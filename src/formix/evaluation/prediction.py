@@ -99,8 +99,8 @@ def predict_texts(
 
     Raises:
         ValueError: a task that takes more than a text (question answering, multiple choice), a tokenizer with more
-            tokens than the model, a text without [MASK] for a masked language model or too long for it, or one with no
-            room left for new tokens.
+            tokens than the model, a text without [MASK] for a masked language model or too long for it, one without any
+            token, or with no room left for new ones.
     """
     task = task_of(model)
     check_tokens(model, vocabulary_size(tokenizer))
@@ -108,7 +108,7 @@ def predict_texts(
     if task == "features":
         from formix.evaluation.sentences import sentence_embeddings
 
-        _warn_of_cuts(tokenizer, [[text] for text in texts])
+        _check_lengths(tokenizer, [[text] for text in texts])
         length = tokenizer.model_max_length
         vectors = sentence_embeddings(model, tokenizer, texts, max_length=length, batch_size=batch_size)
         for text, vector in zip(texts, vectors, strict=True):
@@ -124,7 +124,7 @@ def predict_texts(
     elif task == "masked-lm":
         yield from _filled(pipe, texts, top)
     elif task == "token-classification":
-        _warn_of_cuts(tokenizer, [[text] for text in texts])
+        _check_lengths(tokenizer, [[text] for text in texts])
         for text, found in zip(texts, pipe(list(texts), aggregation_strategy="simple"), strict=True):
             yield Prediction(
                 input=text,
@@ -133,7 +133,7 @@ def predict_texts(
                 runs=tuple(text[part["start"] : part["end"]] for part in found),
             )
     else:
-        _warn_of_cuts(tokenizer, [text.split("\t", 1) for text in texts])
+        _check_lengths(tokenizer, [text.split("\t", 1) for text in texts])
         regression = model.config.num_labels == 1
         function = "none" if regression else "sigmoid" if independent_classes(model) else "softmax"
         pairs = [dict(zip(("text", "text_pair"), text.split("\t", 1), strict=False)) for text in texts]
@@ -189,9 +189,11 @@ def _for_reading(model: Any, tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _warn_of_cuts(tokenizer: Any, texts: Sequence[Sequence[str]]) -> None:
-    """Say how many texts, or pairs of them, are cut."""
+def _check_lengths(tokenizer: Any, texts: Sequence[Sequence[str]]) -> None:
+    """Say how many texts, or pairs of them, are cut; ValueError for one without any token."""
     length = tokenizer.model_max_length
-    cut = sum(len(tokenizer(*text, truncation=False, verbose=False)["input_ids"]) > length for text in texts)
-    if cut:
+    counts = [len(tokenizer(*text, truncation=False, verbose=False)["input_ids"]) for text in texts]
+    if 0 in counts:
+        raise ValueError(f"{texts[counts.index(0)][0]!r} has no tokens for the model to read; give another text.")
+    if cut := sum(count > length for count in counts):
         _log.warning("%d of %d texts have more than %d tokens and are cut there", cut, len(texts), length)

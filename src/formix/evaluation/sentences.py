@@ -30,7 +30,7 @@ def sentence_embeddings(
         batch_size: sentences in one forward pass, of similar length.
 
     Raises:
-        ValueError: a tokenizer with more tokens than the model.
+        ValueError: a tokenizer with more tokens than the model, or a text in which it finds none.
     """
     from formix.evaluation.suitable import check_tokens
     from formix.models.text import positions
@@ -40,22 +40,27 @@ def sentence_embeddings(
     max_length = min(max_length, positions(model.config) or max_length)
     device = next(trunk.parameters()).device
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding
-    parts = []
+    embeddings = torch.empty(len(sentences), trunk.config.hidden_size, device=device)
     with evaluating(model):
         for start in range(0, len(order), batch_size):
-            batch = tokenizer(
-                [sentences[i] for i in order[start : start + batch_size]],
-                padding=True,
-                truncation=True,
-                max_length=max_length,
-                return_tensors="pt",
-            ).to(device)
+            rows = order[start : start + batch_size]
+            texts = [sentences[i] for i in rows]
+            batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+            counts = batch["attention_mask"].sum(1).tolist()
+            if 0 in counts:
+                raise ValueError(f"{texts[counts.index(0)]!r} has no tokens, and so no embedding; leave it out.")
+            batch = batch.to(device)
             hidden = trunk(**batch).last_hidden_state.float()  # [B, T, C]
-            mask = batch["attention_mask"][..., None].float()  # [B, T, 1]
-            parts.append((hidden * mask).sum(1) / mask.sum(1))  # [B, C]
-    embeddings = torch.empty(len(sentences), parts[0].shape[1], device=device)
-    embeddings[torch.tensor(order, device=device)] = torch.cat(parts)
+            embeddings[rows] = mean_pooled(hidden, batch["attention_mask"])
     return F.normalize(embeddings, dim=1)
+
+
+def mean_pooled(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, N, C] -> [B, C], the mean of the tokens that the mask [B, N] shows."""
+    if mask is None:
+        return tokens.mean(1)
+    weights = mask[..., None].to(tokens.dtype)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def sts_spearman(model: Any, tokenizer: Any, file: str | Path, *, batch_size: int = 64) -> float:
