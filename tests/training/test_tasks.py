@@ -79,6 +79,24 @@ def test_correlation_is_that_of_scikit_learn_and_zero_for_one_and_the_same_answe
     assert evaluate(model, data, "test") == pytest.approx(0 if constant else expected)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "matthews_corrcoef", "spearman"])
+def test_an_output_that_is_no_number_makes_the_metric_none(digits, metric):
+    class OneLost(nn.Module):  # of the last batch, the last
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, pixels):
+            logits = pixels.flatten(1)[:, 20:30].clone()
+            logits[-1] = math.nan if len(pixels) < 64 else 0.0
+            return logits
+
+    task = "sequence-regression" if metric == "spearman" else digits.task
+    data = dataclasses.replace(digits, metric=metric, task=task)
+    assert len(data.test) % 64
+    assert math.isnan(evaluate(OneLost(), data, "test", batch_size=64))
+
+
 def test_losses_of_the_tasks(digits):
     logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
     assert loss_of(logits, labels, digits, 0.1) == F.cross_entropy(logits, labels, label_smoothing=0.1)

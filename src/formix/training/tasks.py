@@ -86,12 +86,13 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
     """The data's metric on a split, in evaluation mode and the weights' own precision; every sample counts once.
 
     accuracy in [0, 1]; bits_per_byte = nats per target / ln 2 / bytes per target; perplexity = exp(nats per target) of
-    masked tokens; Matthews and Spearman correlations. Several processes share the work and all have the result.
+    masked tokens; Matthews and Spearman correlations; of a model with outputs that are no numbers none of these is one
+    (NaN). Several processes share the work and all have the result.
     """
     own = next(model.parameters())
     outputs: list[Tensor] = []
     labels: list[Tensor] = []
-    nats, targets = 0.0, 0
+    nats, targets, broken = 0.0, 0, False
     with evaluating(model):
         for batch, counts in _shared_batches(getattr(data, split), batch_size):
             batch = {k: v.to(own.device) for k, v in batch.items()}
@@ -104,6 +105,7 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
                 nats += F.cross_entropy(logits.flatten(0, -2), expected.flatten(), reduction="sum").double().item()
                 targets += int((expected >= 0).sum())
             else:
+                broken |= bool(logits.isnan().any())  # which argmax and ranks would not show
                 outputs.append(logits[:, 0] if data.task == "sequence-regression" else logits.argmax(-1))
                 labels.append(expected)
     if data.metric in ("bits_per_byte", "perplexity"):
@@ -113,8 +115,10 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 256)
             return math.exp(min(mean, 700.0))  # a double ends at exp(709)
         assert data.bytes_per_target is not None
         return mean / math.log(2) / data.bytes_per_target[split]
-    both = gathered(([t.cpu() for t in outputs], [t.cpu() for t in labels]))
-    predicted, expected = (torch.cat([t for share in both for t in share[i]]) for i in (0, 1))
+    shared = gathered(([t.cpu() for t in outputs], [t.cpu() for t in labels], broken))
+    if any(share[2] for share in shared):
+        return math.nan
+    predicted, expected = (torch.cat([t for share in shared for t in share[i]]) for i in (0, 1))
     if data.metric == "accuracy":
         return (predicted == expected).double().mean().item()
     if data.metric == "matthews_corrcoef":
