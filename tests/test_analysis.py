@@ -218,6 +218,15 @@ def test_json_table_and_the_models_state() -> None:
     assert f"{result.layers[2].attention_ratio:.4f}" in lines[-1]
 
 
+def test_figures_that_are_no_numbers_are_null_in_json() -> None:
+    model = RobertaForMaskedLM(RobertaConfig(**TEXT))
+    with torch.no_grad():
+        model.roberta.encoder.layer[1].attention.output.LayerNorm.weight.fill_(torch.nan)
+    figures = json.loads(analyze(model, [batch()]).to_json())["layers"]
+    assert figures[0]["spread_after_ffn"] > 0
+    assert figures[1]["spread_after_ffn"] is None
+
+
 def test_what_cannot_be_analysed_is_refused() -> None:
     with pytest.raises(ValueError, match="no layers"):
         analyze(torch.nn.Linear(2, 2), [])

@@ -131,6 +131,16 @@ def test_other_classes_than_the_model_s(tmp_path, capsys, caplog):
         assert ("taken for the same" in caplog.text) == (classes[0] == "cat")
 
 
+def test_a_metric_that_is_no_number_is_null_in_json(tmp_path, capsys):
+    sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    model = formix.create_model("vit_tiny_patch16_224", "relu", num_classes=10, **sizes)
+    with torch.no_grad():
+        model.head.bias[3] = torch.nan
+    formix.save(model, tmp_path)
+    assert main(["eval", str(tmp_path), "--data=digits", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["value"] is None
+
+
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 

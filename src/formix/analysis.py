@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from formix.design import Layout
 from formix.models.modes import evaluating
 from formix.models.parts import Layer, layers
+from formix.records import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Analysis:
         return dataclasses.asdict(self)
 
     def to_json(self, indent: int | None = 2) -> str:
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(plain(self), indent=indent)
 
     def __str__(self) -> str:
         head = f"{'':>5}  {'spread r1':^29}  {'cosine':^19}  {'ratio r2':>9}\n"

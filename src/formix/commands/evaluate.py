@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from formix.commands.arguments import parse_model
+from formix.records import plain
 
 if TYPE_CHECKING:
     from formix.training.job import JobConfig
@@ -77,7 +78,7 @@ def evaluate(arguments: list[str]) -> int:
         "skipped": data.provenance.get("skipped", {}),  # of the splits that the data name
     }
     if config.json:
-        print(json.dumps(figures))
+        print(json.dumps(plain(figures)))
     else:
         print(f"{data.metric} on {config.split} ({figures['samples']} samples): {value:.4f}; chance {data.chance:.4f}")
     return 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from formix.commands.arguments import parse, split_named
+from formix.records import plain
 
 if TYPE_CHECKING:
     from formix.data.encoded import EncodedImage
@@ -188,10 +189,10 @@ def _rows(prediction: Prediction) -> list[list[Any]]:
 
 def _plain(prediction: Prediction) -> dict[str, Any]:
     """As JSON, without what it has not."""
-    everything = dataclasses.asdict(prediction)
+    everything = plain(prediction)
     if prediction.runs is not None:  # there may be none
         return {k: v for k, v in everything.items() if v is not None}
-    return {k: v for k, v in everything.items() if v is not None and v != ()}
+    return {k: v for k, v in everything.items() if v is not None and v != []}
 
 
 def _line(prediction: Prediction) -> str:

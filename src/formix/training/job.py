@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from formix.data import Data
 from formix.data.config import DataConfig
-from formix.records import UNFINISHED, write_atomically
+from formix.records import UNFINISHED, plain, write_atomically
 from formix.training.parallel import Parallel
 from formix.training.progress import Step
 
@@ -116,7 +116,7 @@ class OutputDirectory:
         shutil.copytree(checkpoint / "model", new)
         shutil.rmtree(self.model, ignore_errors=True)
         new.replace(self.model)
-        write_atomically(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(self.path / "result.json", json.dumps(plain(result), indent=1) + "\n")
 
 
 def is_free(path: Path) -> bool:
