@@ -21,7 +21,7 @@ from formix.conversion.record import Conversion
 from formix.conversion.taps import answer, moved
 from formix.data import Data, collate
 from formix.models.modes import evaluating
-from formix.records import write_atomically
+from formix.records import replacing, write_atomically
 from formix.training import Objective, TrainConfig, train
 from formix.training.acceleration import autocast_dtype
 from formix.training.checkpoint import Checkpoints, difference
@@ -280,8 +280,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _keep(model: nn.Module, place: Path, records: list[dict[str, Any]], identity: dict[str, Any]) -> None:
     place.mkdir(parents=True, exist_ok=True)
     weights = place / f"{len(records)}.safetensors"
-    save_file(_tensors(model), str(weights) + ".partial")
-    Path(str(weights) + ".partial").replace(weights)
+    with replacing(weights) as temporary:
+        save_file(_tensors(model), temporary)
     written = {"records": records, "identity": identity, "weights": weights.name}
     write_atomically(place / "state.json", json.dumps(written, default=str))
 

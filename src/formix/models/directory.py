@@ -22,6 +22,7 @@ from formix.models import text
 from formix.models.designed import Designed
 from formix.models.image import OF_CLASSES, ImageModel, about_classes, image_size
 from formix.models.recorded import ASIDE, FILE, remember_record, write_record
+from formix.records import replacing
 
 _log = logging.getLogger("formix")
 WEIGHTS = "model.safetensors"
@@ -52,8 +53,9 @@ def save_directory(model: nn.Module, directory: Path) -> None:
     arguments = {k: v for k, v in described["model_args"].items() if k != "num_classes"}
     config = json.dumps({**described, "model_args": arguments}, indent=2)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS, lambda path: save_model(model, str(path), metadata={"format": "pt"}))
-    _replace(directory / "config.json", lambda path: path.write_text(config + "\n"))
+    with replacing(directory / "config.json") as described_in, replacing(directory / WEIGHTS) as weights:
+        save_model(model, str(weights), metadata={"format": "pt"})
+        described_in.write_text(config + "\n")
     write_record(model, directory)
 
 
@@ -288,9 +290,3 @@ def _transformers_family(config: dict[str, Any]) -> Any:
     from formix.models import cvt
 
     return cvt if str(config["model_type"]) in ("cvt", "formix_cvt") else text
-
-
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)

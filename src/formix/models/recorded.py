@@ -6,7 +6,6 @@ What it says is `formix.conversion`'s matter; here it is a text and tensors.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from formix.records import replacing
 
 _log = logging.getLogger("formix")
 FILE, ASIDE = "conversion.json", "conversion.safetensors"
@@ -40,12 +41,10 @@ class Record:
 
     def write(self, directory: Path) -> None:
         """Each file under another name first; conversion.json, which makes a directory one of a conversion, last."""
-        partial = directory / (ASIDE + ".partial")
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in self.tensors.items()}, str(partial))
-        os.replace(partial, directory / ASIDE)
-        partial = directory / (FILE + ".partial")
-        partial.write_text(self.text)
-        os.replace(partial, directory / FILE)
+        with replacing(directory / ASIDE) as tensors:
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in self.tensors.items()}, str(tensors))
+        with replacing(directory / FILE) as text:
+            text.write_text(self.text)
 
 
 def remember_record(model: Any, directory: str | Path | None) -> None:
