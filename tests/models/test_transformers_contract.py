@@ -335,3 +335,12 @@ def test_compile(family: str) -> None:
     model, given = small(family, "relu+skip"), inputs("")
     compiled = torch.compile(model, dynamic=False)
     torch.testing.assert_close(compiled(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-4)
+
+
+@family_
+def test_compiles_as_one_graph_for_texts_of_any_length(family: str) -> None:
+    model = small(family, "relu+skip")
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="eager")
+    for shape in ((2, 7), (3, 9)):
+        ids = tokens(*shape)
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)

@@ -128,7 +128,7 @@ class DesignedAttention(nn.Module):
             key,
             value,
             attn_mask=attention_mask,
-            is_causal=self.causal and attention_mask is None and query.shape[2] > 1,
+            is_causal=query.shape[2] > 1 and attention_mask is None and self.causal,  # a bool, shapes symbolic or not
             dropout_p=self.attn_dropout.p if self.training else 0.0,
             scale=self.scaling,
         )
