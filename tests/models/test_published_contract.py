@@ -116,6 +116,7 @@ def test_intermediates_and_features(name):
     model.prune_intermediate_layers([0])
     assert len(blocks(model)) == 1
     assert model.forward_intermediates(images, indices=[0], intermediates_only=True)[0].shape == outputs[0].shape
+    model.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("name", NAMES)

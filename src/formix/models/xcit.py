@@ -131,7 +131,7 @@ class FormixXcit(ImageModel, Xcit):
             _log.warning("an XCiT checkpoint: dropped the temperatures of %d blocks", len(temperatures))
         for name in [n for n in state if n.startswith("pos_embed.")]:
             state["pos_embeder." + name.removeprefix("pos_embed.")] = state.pop(name)
-        for i in range(len(self.cls_attn_blocks)):
+        for i in range(len(self.cls_attn_blocks or ())):  # None: pruned with the head
             for kind in ("weight", "bias"):
                 parts = [f"cls_attn_blocks.{i}.attn.{p}.{kind}" for p in "qkv"]
                 if all(p in state for p in parts):
