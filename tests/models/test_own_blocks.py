@@ -8,6 +8,7 @@ import timm
 import torch
 from oracles import H, close, l1, pointwise
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import formix
 from formix.benchmarks import count_flops
@@ -189,6 +190,14 @@ def test_saving_features_and_checkpointing(kind, tmp_path):
         gradients.append({name: p.grad.clone() for name, p in ours.named_parameters()})
     for name, gradient in gradients[0].items():
         close(gradients[1][name], gradient, 1e-5, f"gradient of {name}", floor=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_by_torchvision_s_tracing(kind):
+    """The only leaves of its graph are those of PyTorch; operators are nodes."""
+    ours, _, images = pair(KINDS[kind], "relu")
+    head = create_feature_extractor(ours, ["head"]).eval()
+    close(head(images)["head"], ours(images), 1e-10)
 
 
 def test_a_changed_head_is_saved(tmp_path):

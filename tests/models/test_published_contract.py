@@ -11,6 +11,7 @@ from oracles import close
 from timm.layers import resample_abs_pos_embed
 from timm.models import create_feature_extractor, group_parameters
 from timm.optim import param_groups_weight_decay
+from torchvision.models import feature_extraction
 
 import formix
 from formix.models.published import PUBLISHED
@@ -223,10 +224,11 @@ def test_export_of_all(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_features_by_tracing(name):
-    """timm's FX extractor takes any node of the graph; blocks and attentions are leaves of it."""
+    """Both extractors take any node of the graph; timm's has blocks and attentions as leaves, torchvision's has not."""
     model, images = randomised(name)
-    head = model.pretrained_cfg["classifier"]
-    close(create_feature_extractor(model, [head])(images)[head], model(images), 1e-5)
+    head, expected = model.pretrained_cfg["classifier"], model(images)
+    for extractor in (create_feature_extractor, feature_extraction.create_feature_extractor):
+        close(extractor(model, [head]).eval()(images)[head], expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sima_nano_12_p16", "activator_32_p4", "relu_vit_small_patch16_224"])

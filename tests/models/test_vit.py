@@ -368,6 +368,13 @@ def test_trace(design):
     close(traced(x), model(x), 1e-5)
 
 
+@pytest.mark.parametrize("design", [*formix.list_designs(), "relu(gate=silu,qk_norm=true)+skip"])
+def test_symbolic_trace(design):
+    model = ours(design=design).eval()
+    x = image_for(model, 3)
+    close(torch.fx.symbolic_trace(model)(x), model(x), 1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 
 REFUSED = {

@@ -17,9 +17,11 @@ from formix.ops.masks import autocast_inputs
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda g: g, "silu": F.silu, "sigmoid": F.sigmoid}
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each [B, H, N, D]
+for _operator in ("attend", "select_heads"):
+    torch.fx.wrap(_operator)  # a node of FX graphs: what it does depends on the inputs
 
 
-@register_notrace_module  # a leaf of timm's FX extractor: the mask and the implementation are chosen in Python
+@register_notrace_module  # a leaf of timm's FX extractor
 class Attention(nn.Module):
     """y = proj(g * mixer(Q, K, V)), Q, K, V = split(qkv(x)), with an optional gate g = act(gate(x)).
 
@@ -101,8 +103,8 @@ class Attention(nn.Module):
         layer's own keys and values for the layers that read them."""
         b, n, _ = qkv.shape
         # unbound where the gradients are stacked again: in the order of qkv, so that they are copied once and not twice
-        parts = qkv.view(b, n, 3, self.num_heads, self.head_dim).unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in parts)  # each [B, H, N, D]
+        q, k, v = qkv.view(b, n, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each [B, H, N, D]
         q, k = self.q_norm(q), self.k_norm(k)
         own = (k, v)
         if source_kv is not None and self.skip_heads:  # in one type: autocast computes norms of keys in float32

@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -297,7 +296,7 @@ class ActivatorClassifier(ImageModel, nn.Module):
         return x
 
 
-@register_notrace_function  # the size is no number while timm's FX extractor traces
+@torch.fx.wrap  # the size is no number while FX traces
 def check_size(x: Tensor, size: tuple[int, int]) -> None:
     """Raise `ValueError` for images [B, C, H, W] of another height or width."""
     if tuple(x.shape[-2:]) != size:

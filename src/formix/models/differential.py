@@ -15,7 +15,6 @@ from timm.models.vision_transformer import Block, DiffParallelScalingBlock
 from torch import Tensor
 
 from formix.design import LayerDesign, Sima
-from formix.layers import attend
 from formix.models import timm_parallel
 from formix.models.own_blocks import LaidOutBlock, MixerAttention, give_mixer, heads, joined, lay_out
 
@@ -26,12 +25,8 @@ class _Difference(MixerAttention):
         q, k, v = heads(q, self.head_dim), heads(k, self.head_dim), heads(v, 2 * self.head_dim)  # 2 H, 2 H and H heads
         q, k = self.q_norm(q), self.k_norm(k)
         first, second = (
-            attend(
-                self.mixer, q[:, i::2], k[:, i::2], v, attn_mask=attn_mask, is_causal=is_causal,
-                dropout_p=self.dropout_p(),
-            )
-            for i in range(2)
-        )  # fmt: skip
+            self.attended(q[:, i::2], k[:, i::2], v, attn_mask=attn_mask, is_causal=is_causal) for i in range(2)
+        )
         out = first - self._compute_lambda().type_as(q) * second  # [B, H, N, 2 D]
         return joined(self.sub_norm(out) * (1 - self.lambda_init))
 
@@ -49,7 +44,8 @@ class MixerDiffAttention(_Difference, DiffAttention):
 
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, N, C] -> [B, N, C]"""
-        return self.finish(x, self.mix(*self.qkv(x).chunk(3, dim=-1), attn_mask, is_causal))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.finish(x, self.mix(q, k, v, attn_mask, is_causal))
 
 
 class MixerDiffParallelBlock(_Difference, timm_parallel._ParallelScaling, DiffParallelScalingBlock):

@@ -20,7 +20,6 @@ from timm.models import eva
 from torch import Tensor
 
 from formix.design import LayerDesign
-from formix.layers import attend
 from formix.models.own_blocks import (
     LaidOutBlock,
     MixerAttention,
@@ -40,11 +39,12 @@ class _Rotary(MixerAttention):
         self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """[B, N, C] -> [B, N, C]; `rope` is timm's [.., N, 2 D], sine and cosine of every patch."""
-        q, k, v = (heads(part, self.head_dim) for part in self.projected(x))  # [B, H, N, D], [B, Hkv, N, D] twice
+        q, k, v = self.projected(x)
+        q, k, v = (heads(part, self.head_dim) for part in (q, k, v))  # [B, H, N, D], [B, Hkv, N, D] twice
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (self.rotated(a, rope).type_as(v) for a in (q, k))
-        out = attend(self.mixer, q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=self.dropout_p())
+        out = self.attended(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
         return self.finish(x, joined(out))
 
     def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:

@@ -16,12 +16,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch.fx
 from timm.layers import register_notrace_module, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from formix.design import Design, GatedUnit, LayerDesign, Layout, Mixer, Sima
-from formix.layers import Attention, compose
+from formix.layers import Attention, attend, compose
 from formix.layers.attention import GATES
 from formix.layers.layout import norm_position, norms_used
 from formix.models.designed import Designed
@@ -88,7 +89,10 @@ def convert_block(block: Any, layer: LayerDesign) -> None:
     keep_layout(block, layer.layout)
 
 
-@register_notrace_module  # type: ignore[arg-type]  # a leaf, as formix.layers.Attention
+torch.fx.wrap("attend")  # a node of FX graphs: what it does depends on the inputs
+
+
+@register_notrace_module  # type: ignore[arg-type]  # a leaf of timm's extractor, as formix.layers.Attention
 class MixerAttention:
     """What timm's attentions of any kind become: everything around the operator stays, for [B, N, C] inputs."""
 
@@ -99,9 +103,9 @@ class MixerAttention:
         out = self.norm(out) if hasattr(self, "norm") else out
         return self.proj_drop(self.proj(gated(self, x, out)))
 
-    def dropout_p(self: Any) -> float:
-        """The rate of dropping weights now."""
-        return self.attn_drop.p if self.training else 0.0
+    def attended(self: Any, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        """The operator's output [B, H, N, D], weights dropped in training; `given` goes to `attend`."""
+        return attend(self.mixer, q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0, **given)
 
 
 def gated(attn: Any, x: Tensor, out: Tensor) -> Tensor:

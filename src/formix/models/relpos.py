@@ -13,7 +13,6 @@ from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor
 
 from formix.design import LayerDesign, Sima
-from formix.layers import attend
 from formix.models.own_blocks import (
     LaidOutBlock,
     MixerAttention,
@@ -31,10 +30,11 @@ class MixerRelPosAttention(MixerAttention, relpos.RelPosAttention):
 
     def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """[B, N, C] -> [B, N, C]; `shared_rel_pos` [1, H, N, N] is the bias of all layers, if they have none each."""
-        q, k, v = (heads(part, self.head_dim) for part in self.qkv(x).chunk(3, dim=-1))  # [B, H, N, D]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (heads(part, self.head_dim) for part in (q, k, v))  # [B, H, N, D]
         q, k = self.q_norm(q), self.k_norm(k)
         bias = self.rel_pos.get_bias() if self.rel_pos is not None else shared_rel_pos
-        return self.finish(x, joined(attend(self.mixer, q, k, v, attn_bias=bias, dropout_p=self.dropout_p())))
+        return self.finish(x, joined(self.attended(q, k, v, attn_bias=bias)))
 
     def mixer_flops(self: Any, x: Tensor) -> int:
         """Operations of the mixer and, where it cannot take the bias into its weights, of the bias' product."""

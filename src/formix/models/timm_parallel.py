@@ -16,7 +16,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor
 
 from formix.design import LayerDesign, Layout
-from formix.layers import Attention, attend
+from formix.layers import Attention
 from formix.models.own_blocks import MixerAttention, gated, give_mixer, heads, joined, keep_layout
 
 PARALLEL = Layout(parallel=True, norm="pre")
@@ -43,7 +43,7 @@ class _ParallelScaling(MixerAttention):
         """The operator on [B, N, C]."""
         q, k, v = (heads(a, self.head_dim) for a in (q, k, v))  # [B, H, N, D]
         q, k = self.q_norm(q), self.k_norm(k)
-        return joined(attend(self.mixer, q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout_p=self.dropout_p()))
+        return joined(self.attended(q, k, v, attn_mask=attn_mask, is_causal=is_causal))
 
 
 class MixerParallelBlock(_ParallelScaling, ParallelScalingBlock):

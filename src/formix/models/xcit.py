@@ -28,6 +28,9 @@ _log = logging.getLogger("formix")
 OFFICIAL_CLASS_EPS = 1e-6  # SimA's class attention has another bound than its blocks
 
 
+torch.fx.wrap("attend")  # a node of FX graphs, as in formix.layers.attention
+
+
 class ClassAttention(Attention):
     """The class token's attention to all N + 1 tokens: [B, N + 1, C] -> [B, 1, C].
 
