@@ -152,6 +152,14 @@ def test_intermediates_and_stop():
         assert torch.equal(stack(x, stop_after=DEPTH - 1), out)
 
 
+def test_a_part_of_the_blocks_reads_the_same_layers():
+    stack = stack_of(Design(wiring=Wiring(source=(None, None, None, 1), heads=2))).eval()
+    x = torch.randn(2, 7, DIM)
+    close(stack[1:](stack[:1](x)), stack(x), 1e-6)
+    with pytest.raises(ValueError, match="Layer 3 reads the keys and values of layer 1, which is not among"):
+        stack[2:](x)
+
+
 def test_only_readers_are_given_keys_and_values():
     stack = stack_of("skip").eval()
     given = []

@@ -170,22 +170,31 @@ class BlockStack(nn.Sequential):
         intermediates: dict[int, Tensor] | None = None,
         stop_after: int | None = None,
     ) -> Tensor:
-        """[B, N, C] -> [B, N, C]; outputs of the layers that are keys of `intermediates` are stored in it."""
+        """[B, N, C] -> [B, N, C]; outputs of the layers that are keys of `intermediates` are stored in it.
+
+        Raises:
+            ValueError: these are a part of a model's blocks, and one reads a layer that is left out.
+        """
         blocks: list[Block] = list(self)  # type: ignore[arg-type]
         sources = [block.layer_design.source for block in blocks]
-        kept: dict[int, KeyValue] = {}
+        kept: dict[int, KeyValue] = {}  # by the layer's number in its model, of which these may be a part
         for i, block in enumerate(blocks):
-            source, readers = sources[i], sources[i + 1 :]
-            args = (x, attn_mask, is_causal, None if source is None else kept[source], i in readers)
+            layer, source, readers = block.layer_design.index, sources[i], sources[i + 1 :]
+            if source is not None and source not in kept:
+                raise ValueError(
+                    f"Layer {layer} reads the keys and values of layer {source}, which is not among the blocks before "
+                    "it here: call all blocks at once."
+                )
+            args = (x, attn_mask, is_causal, None if source is None else kept[source], layer in readers)
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 out = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             else:
                 out = block(*args)
-            if i in readers:
-                x, kept[i] = out
+            if layer in readers:
+                x, kept[layer] = out
             else:
                 x = out
-            kept = {layer: kv for layer, kv in kept.items() if layer in readers}
+            kept = {source: kv for source, kv in kept.items() if source in readers}
             if intermediates is not None and i in intermediates:
                 intermediates[i] = x
             if i == stop_after:
