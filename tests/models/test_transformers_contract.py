@@ -253,9 +253,11 @@ def test_masks_of_encoders(family: str, design: str) -> None:
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_biases_of_scores_are_refused_as_masks(family: str) -> None:
-    with pytest.raises(ValueError, match="attention_mask"):
-        small(family, "relu")(tokens(1, 5), attention_mask=torch.full((1, 1, 5, 5), -0.5))
+def test_what_is_no_mask_of_a_decoder_is_refused(family: str) -> None:
+    """Biases of scores, and masks of which nobody knows whether a dimension is of heads or of rows."""
+    for bad in (torch.full((1, 1, 5, 5), -0.5), torch.ones(1, 5, 5).tril()):
+        with pytest.raises(ValueError, match="attention_mask has"):
+            small(family, "relu")(tokens(1, 5), attention_mask=bad)
 
 
 @pytest.mark.parametrize("family", DECODERS)

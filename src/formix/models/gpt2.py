@@ -33,6 +33,7 @@ from formix.models.hf import (
     WithHead,
     as_boolean,
     check_inputs,
+    check_mask,
     layer_designs,
     no_layers,
     run_layers,
@@ -171,6 +172,7 @@ class FormixGPT2Model(FormixGPT2PreTrainedModel, GPT2Model):
         With left padding pass `position_ids` too, as `generate` does: positions count from the first column if not.
         """
         check_inputs(self.config, input_ids, inputs_embeds, kwargs)
+        check_mask(attention_mask)
         past_key_values, use_cache = cache_of(self, past_key_values, cache, use_cache)
         x: Any = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # [B, N, C]
         if position_ids is None:

@@ -254,6 +254,15 @@ def as_boolean(mask: Any) -> Tensor | None:
     return visible
 
 
+def check_mask(attention_mask: Any) -> None:
+    """Raise `ValueError` for a decoder's mask of other than two or four dimensions; a dict holds one per layer type."""
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() not in (2, 4):
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; pass a tokenizer's mask, [batch, tokens], or one "
+            "of four dimensions, [batch, 1, queries, keys]."
+        )
+
+
 def check_inputs(
     config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]
 ) -> None:

@@ -39,6 +39,7 @@ from formix.models.hf import (
     WithHead,
     as_boolean,
     check_inputs,
+    check_mask,
     layer_designs,
     linear_rows,
     no_layers,
@@ -227,6 +228,7 @@ class FormixLlamaModel(FormixLlamaPreTrainedModel, LlamaModel):
         masks [batch, past + tokens] or boolean 4-D.
         """
         check_inputs(self.config, input_ids, inputs_embeds, kwargs)
+        check_mask(attention_mask)
         past_key_values, use_cache = cache_of(self, past_key_values, cache, use_cache)
         x: Any = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, N, C]
         if position_ids is None:
