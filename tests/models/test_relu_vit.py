@@ -26,7 +26,7 @@ FIGURE_2 = ("relu", "relu2", "gelu", "softplus", "identity", "relu6", "sigmoid")
 
 def tree_shapes(
     width: int, depth: int, mlp: int, heads: int, tokens: int, *, patch: int = 16, classes: int = 1000, token=False,
-    rep=False, qk_norm=True, gate=False,
+    rep=False, qk_norm=True, gate=False, probe=False,
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
     """big_vision's names and shapes."""
     d = width // heads
@@ -47,6 +47,16 @@ def tree_shapes(
         shapes[f"{p}/MlpBlock_0/Dense_0/kernel"], shapes[f"{p}/MlpBlock_0/Dense_0/bias"] = (width, mlp), (mlp,)
         shapes[f"{p}/MlpBlock_0/Dense_1/kernel"], shapes[f"{p}/MlpBlock_0/Dense_1/bias"] = (mlp, width), (width,)
     shapes["Transformer/encoder_norm/scale"] = shapes["Transformer/encoder_norm/bias"] = (width,)
+    if probe:
+        p = "MAPHead_0"
+        shapes[f"{p}/probe"], shapes[f"{p}/{ATTENTION}/out/kernel"] = (1, 1, width), (heads, d, width)
+        for part in ("query", "key", "value"):
+            shapes[f"{p}/{ATTENTION}/{part}/kernel"] = (width, heads, d)
+            shapes[f"{p}/{ATTENTION}/{part}/bias"] = (heads, d)
+        for n in (f"{ATTENTION}/out/bias", "LayerNorm_0/scale", "LayerNorm_0/bias", "MlpBlock_0/Dense_1/bias"):
+            shapes[f"{p}/{n}"] = (width,)
+        shapes[f"{p}/MlpBlock_0/Dense_0/kernel"], shapes[f"{p}/MlpBlock_0/Dense_0/bias"] = (width, mlp), (mlp,)
+        shapes[f"{p}/MlpBlock_0/Dense_1/kernel"] = (mlp, width)
     if rep:
         shapes["pre_logits/kernel"], shapes["pre_logits/bias"] = (width, width), (width,)
     shapes["head/kernel"], shapes["head/bias"] = (width, classes), (classes,)
@@ -92,10 +102,25 @@ def flax_vit(t, images, *, h="relu", exponent=1.0, depth=2, gate=None):
         y = s.gelu_tanh(y @ t[f"{p}/MlpBlock_0/Dense_0/kernel"] + t[f"{p}/MlpBlock_0/Dense_0/bias"])
         x = x + y @ t[f"{p}/MlpBlock_0/Dense_1/kernel"] + t[f"{p}/MlpBlock_0/Dense_1/bias"]
     x = layer_norm(t, "Transformer/encoder_norm", x)
-    x = x[:, 0] if "cls" in t else x.mean(1)
+    x = map_head(t, x) if "MAPHead_0/probe" in t else x[:, 0] if "cls" in t else x.mean(1)
     if "pre_logits/kernel" in t:
         x = torch.tanh(x @ t["pre_logits/kernel"] + t["pre_logits/bias"])
     return x @ t["head/kernel"] + t["head/bias"]
+
+
+def map_head(t, x):
+    """Softmax attention of one learned query over all tokens, then an MLP: [B, N, C] -> [B, C]."""
+    a = f"MAPHead_0/{ATTENTION}"
+    q = torch.einsum("c,chd->hd", t["MAPHead_0/probe"][0, 0], t[f"{a}/query/kernel"]) + t[f"{a}/query/bias"]
+    k, v = (
+        torch.einsum("bnc,chd->bnhd", x, t[f"{a}/{part}/kernel"]) + t[f"{a}/{part}/bias"] for part in ("key", "value")
+    )
+    weights = torch.einsum("hd,bnhd->bhn", q / q.shape[-1] ** 0.5, k).softmax(-1)
+    x = torch.einsum("bhn,bnhd,hdc->bc", weights, v, t[f"{a}/out/kernel"]) + t[f"{a}/out/bias"]
+    y = layer_norm(t, "MAPHead_0/LayerNorm_0", x)
+    p = "MAPHead_0/MlpBlock_0"
+    y = s.gelu_tanh(y @ t[f"{p}/Dense_0/kernel"] + t[f"{p}/Dense_0/bias"])
+    return x + y @ t[f"{p}/Dense_1/kernel"] + t[f"{p}/Dense_1/bias"]
 
 
 def torch_tree(tree):
@@ -210,6 +235,23 @@ def test_older_names_prefixes_and_bfloat16():
     assert torch.equal(loaded.head.bias.detach(), bias.double())
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])  # beyond, its softmax chooses one token and has no gradient
+def test_probe_that_pools(tmp_path, scale):
+    """Today's file and back, and the older names, whose probe stood outside of all modules."""
+    for model, shapes, options in (
+        ({}, {}, {}),
+        ({"rep_size": True, "design": "softmax"}, {"rep": True, "qk_norm": False}, {"h": None}),
+    ):
+        model = small(global_pool="map", **model)
+        tree = random_tree(tree_shapes(96, 2, 384, 6, 9, classes=5, probe=True, **shapes), scale)
+        check(model, tree, **options)
+        big_vision.load_npz(model, {name.removeprefix("MAPHead_0/"): array for name, array in tree.items()})
+        big_vision.save_npz(model, tmp_path / "model.npz")
+        with np.load(tmp_path / "model.npz") as file:
+            assert set(file.files) == set(tree)
+            assert all(np.array_equal(file[k], tree[k]) for k in tree)
+
+
 def test_what_timm_saves_comes_back(tmp_path):
     model = timm.create_model("relu_vit_small_patch16_224", rep_size=True, **SMALL | {"depth": 1}).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -318,6 +360,11 @@ def test_initialisation():
         formix.create_model("relu_vit_small_patch16_224", depth=1, weight_init="jax")
     registers = timm.create_model("relu_vit_small_patch16_224", depth=1, reg_tokens=4)  # timm's, made without values
     assert registers.reg_token.std().item() == pytest.approx(1e-6, rel=0.1)
+    pool = timm.create_model("relu_vit_small_patch16_224", depth=1, global_pool="map").attn_pool
+    weights = [(w, 768) for w in (pool.q.weight, *pool.kv.weight.chunk(2), pool.proj.weight)]
+    for weight, fans in [*weights, (pool.latent, 385), (pool.mlp.fc1.weight, 1920), (pool.mlp.fc2.weight, 1920)]:
+        assert (fans / 6) ** 0.5 * weight.abs().max().item() == pytest.approx(1, rel=0.02)
+    assert pool.mlp.fc2.bias.std().item() == pytest.approx(1e-6, rel=0.1)
 
 
 # E_j[alpha_ij] L for queries and keys after LayerNorm, D = 64; ranges of the output's size relative to softmax's

@@ -3,7 +3,8 @@
 The tree joins names by '/'; kernels are [in, out], attention's [C, H, D] and [H, D, C], the patch convolution HWIO.
 Read are also trees of the older names (LayerNorm_2, MlpBlock_3, MultiHeadDotProductAttention_1, posembed_input), of
 scanned models (all blocks in one array, depth first) and below a prefix such as `params/`. Query and key norms and the
-gate have the names that flax gives them; ReLU attention adds no weights of its own.
+gate have the names that flax gives them; ReLU attention adds no weights of its own. The attention of a probe that pools
+the tokens (MAPHead_0, in some older files without a name of its own) is timm's `attn_pool`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 Array = np.ndarray
@@ -41,12 +43,13 @@ LAYOUTS = {
 
 
 class Weight(NamedTuple):
-    """A place in the tree, the same in a ViT, the conversion, and which third of a packed weight it is."""
+    """A place in the tree, the same in a ViT, the conversion, and which of how many parts of a packed weight it is."""
 
     tree: str
     torch: str
     layout: str
-    third: int | None = None
+    part: int = 0
+    parts: int = 1
 
 
 def _pair(tree: str, name: str, kernel: str = "dense", bias: str = "same") -> list[Weight]:
@@ -61,9 +64,9 @@ _ATTENTION = "MultiHeadDotProductAttention_0"
 BLOCK = [
     *_norm("LayerNorm_0", "norm1"),
     *(
-        Weight(f"{_ATTENTION}/{part}/{kind}", f"attn.qkv.{name}", layout, third)
-        for third, part in enumerate(("query", "key", "value"))
-        for kind, name, layout in (("kernel", "weight", "to heads"), ("bias", "bias", "head bias"))
+        weight._replace(part=i, parts=3)
+        for i, part in enumerate(("query", "key", "value"))
+        for weight in _pair(f"{_ATTENTION}/{part}", "attn.qkv", "to heads", "head bias")
     ),
     Weight(f"{_ATTENTION}/query_ln/scale", "attn.q_norm.weight", "same"),
     Weight(f"{_ATTENTION}/key_ln/scale", "attn.k_norm.weight", "same"),
@@ -72,6 +75,19 @@ BLOCK = [
     *_norm("LayerNorm_1", "norm2"),
     *_pair("MlpBlock_0/Dense_0", "mlp.fc1"),
     *_pair("MlpBlock_0/Dense_1", "mlp.fc2"),
+]
+POOL = [
+    Weight("MAPHead_0/probe", "attn_pool.latent", "same"),
+    *_pair(f"MAPHead_0/{_ATTENTION}/query", "attn_pool.q", "to heads", "head bias"),
+    *(
+        weight._replace(part=i, parts=2)
+        for i, part in enumerate(("key", "value"))
+        for weight in _pair(f"MAPHead_0/{_ATTENTION}/{part}", "attn_pool.kv", "to heads", "head bias")
+    ),
+    *_pair(f"MAPHead_0/{_ATTENTION}/out", "attn_pool.proj", "from heads"),
+    *_norm("MAPHead_0/LayerNorm_0", "attn_pool.norm"),
+    *_pair("MAPHead_0/MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
+    *_pair("MAPHead_0/MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
 ]
 OUTSIDE = [
     *_pair("embedding", "patch_embed.proj", "conv"),
@@ -85,6 +101,7 @@ OLDER = {  # older part of a name -> today's
     "/MlpBlock_3/": "/MlpBlock_0/",
     "/MultiHeadDotProductAttention_1/": "/MultiHeadDotProductAttention_0/",
 }
+OLDER_POOL = ("probe", "LayerNorm_0", "MlpBlock_0", _ATTENTION)  # stood outside of all modules
 PREFIXES = ("params/", "opt/target/", "target/")  # of whole training states; the rest of these is left out
 _SCANNED = "Transformer/encoderblock/"
 
@@ -137,30 +154,28 @@ def from_tree(tree: Mapping[str, Array], model: Any) -> dict[str, Tensor]:
     if "pos_embedding" in remaining:
         state |= _positions(remaining, model)
     own = model.state_dict()
-    packed: dict[str, dict[int, Tensor]] = {}
+    packed: dict[str, list[Tensor | None]] = {}
     for weight, heads in _weights(model):
         if weight.tree not in remaining or weight.torch not in own:
             continue
         array, place = remaining.pop(weight.tree), own[weight.torch].detach().float().cpu()
-        part = place if weight.third is None else place.chunk(3)[weight.third]
-        wanted = LAYOUTS[weight.layout].to_tree(part.numpy(), heads).shape
+        wanted = LAYOUTS[weight.layout].to_tree(place.chunk(weight.parts)[weight.part].numpy(), heads).shape
         if array.shape != wanted:
             raise ValueError(
                 f"{weight.tree} has shape {array.shape}, and this model's is {wanted}: make the model with the tree's "
                 "width, heads, FFN and classes."
             )
-        tensor = _tensor(LAYOUTS[weight.layout].to_torch(array, heads))
-        if weight.third is None:
-            state[weight.torch] = tensor
-        else:
-            packed.setdefault(weight.torch, {})[weight.third] = tensor
+        packed.setdefault(weight.torch, [None] * weight.parts)[weight.part] = _tensor(
+            LAYOUTS[weight.layout].to_torch(array, heads)
+        )
     for name, parts in packed.items():
-        if len(parts) == 3:
-            state[name] = torch.cat([parts[i] for i in range(3)])
+        known = [part for part in parts if part is not None]
+        if len(known) == len(parts):
+            state[name] = torch.cat(known) if len(parts) > 1 else known[0]
     if remaining:
         raise ValueError(
             f"The tree has {len(remaining)} weights without a place in this model ({', '.join(sorted(remaining)[:4])}, "
-            "...): its depth, head, class token or design is another."
+            "...): its depth, pooling, head, class token or design is another."
         )
     return state
 
@@ -186,8 +201,8 @@ def to_tree(model: Any, *, scan: bool = False) -> Tree:
     for weight, heads in _weights(model):
         if weight.torch in state:
             placed.add(weight.torch)
-            tensor = state[weight.torch] if weight.third is None else state[weight.torch].chunk(3)[weight.third]
-            array = LAYOUTS[weight.layout].to_tree(tensor.numpy(), heads)
+            part = state[weight.torch].chunk(weight.parts)[weight.part]
+            array = LAYOUTS[weight.layout].to_tree(part.numpy(), heads)
             tree[weight.tree] = np.ascontiguousarray(array)
     if set(state) - placed:
         raise ValueError(
@@ -200,6 +215,8 @@ def to_tree(model: Any, *, scan: bool = False) -> Tree:
 def _weights(model: Any) -> list[tuple[Weight, int]]:
     """Every place of the map in this model, with the number of heads there."""
     listed = [(weight, 1) for weight in OUTSIDE]
+    if isinstance(getattr(model, "attn_pool", None), AttentionPoolLatent):
+        listed += [(weight, model.attn_pool.num_heads) for weight in POOL]
     for i, block in enumerate(model.blocks):
         heads = getattr(block.attn, "num_heads", 1)
         for weight in BLOCK:
@@ -221,6 +238,8 @@ def _today(tree: Mapping[str, Array]) -> Tree:
         name = name.removeprefix(prefix)
         for old, new in OLDER.items():
             name = name.replace(old, new)
+        if name.split("/")[0] in OLDER_POOL:
+            name = f"MAPHead_0/{name}"
         if name.startswith(_SCANNED):
             for i, layer in enumerate(array):
                 renamed[f"Transformer/encoderblock_{i}/{name.removeprefix(_SCANNED)}"] = layer

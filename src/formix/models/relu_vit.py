@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from formix.design import design as find_design
@@ -76,7 +77,8 @@ def build(
 
     Args:
         design: another design than the paper's, such as "softmax", its baseline.
-        global_pool: "avg", the paper's choice for ImageNet-21k, or "token" for ImageNet-1k, which adds a class token.
+        global_pool: "avg", the paper's choice for ImageNet-21k, or "token" for ImageNet-1k, which adds a class token;
+            also timm's others, of which "map" is big_vision's probe, and attends by softmax whatever the design.
         rep_size: a tanh layer before the classifier (ImageNet-1k).
         head_bias: initial bias of the classifier, for training with a sigmoid loss: -10 for ImageNet-21k, -6.9 for -1k.
         head_zero_init: start the classifier's weights at zero, as big_vision does.
@@ -125,27 +127,30 @@ def initialize(model: Any, *, head_bias: float = 0.0, head_zero_init: bool = Tru
 
     Projections of attention (queries, keys and values each by itself), gates and MLPs Xavier uniform; MLP biases
     N(0, 1e-6); other biases 0; patch embedding and `pre_logits` LeCun normal; positions N(0, 1 / sqrt(C)); class token
-    0; classifier 0, or LeCun normal, with bias `head_bias`; norms 1 and 0. Register tokens, which big_vision does not
-    have, are timm's N(0, 1e-6).
+    0; classifier 0, or LeCun normal, with bias `head_bias`; norms 1 and 0. The attention that pools (`global_pool` is
+    "map") and its probe are as the blocks'. Register tokens, which big_vision does not have, are timm's N(0, 1e-6).
     """
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Linear | nn.Conv2d):
             _lecun_normal(module)
+    mlps = [block.mlp for block in model.blocks if block.mlp is not None]
+    weights: list[Any] = []
     for block in model.blocks:
         if isinstance(block.attn, Attention):
-            linears = [block.attn.proj] + ([block.attn.gate] if block.attn.gate is not None else [])
-            parts = list(block.attn.qkv.weight.chunk(3))
+            weights += [block.attn.proj.weight, *block.attn.qkv.weight.chunk(3)]
+            weights += [block.attn.gate.weight] if block.attn.gate is not None else []
         else:
-            linears, parts = [block.attn.fc1, block.attn.fc2, block.attn.fc3], []
-        for weight in parts + [linear.weight for linear in linears]:
-            nn.init.xavier_uniform_(weight)
-        if block.mlp is not None:
-            for linear in (block.mlp.fc1, block.mlp.fc2):
-                nn.init.xavier_uniform_(linear.weight)
-                if linear.bias is not None:
-                    nn.init.normal_(linear.bias, std=1e-6)
+            weights += [block.attn.fc1.weight, block.attn.fc2.weight, block.attn.fc3.weight]
+    if isinstance(model.attn_pool, AttentionPoolLatent):
+        pool = model.attn_pool
+        weights += [pool.latent[0], pool.q.weight, *pool.kv.weight.chunk(2), pool.proj.weight]
+        mlps.append(pool.mlp)
+    for weight in weights + [linear.weight for mlp in mlps for linear in (mlp.fc1, mlp.fc2)]:
+        nn.init.xavier_uniform_(weight)
+    for bias in [linear.bias for mlp in mlps for linear in (mlp.fc1, mlp.fc2) if linear.bias is not None]:
+        nn.init.normal_(bias, std=1e-6)
     if model.pos_embed is not None:
         nn.init.normal_(model.pos_embed, std=model.embed_dim**-0.5)
     if model.cls_token is not None:
