@@ -96,3 +96,11 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "outpu
     bound = tolerance * max(expected.abs().max().item(), floor)
     error = (actual.double() - expected.double()).abs().max().item()
     assert error <= bound, f"{what} differs by {error:.3g}, allowed are {bound:.3g}"
+
+
+def source_of(block, x):
+    """Arguments for a block that reads an earlier layer: keys and values, functions of each token of x by itself."""
+    if block.layer_design.source is None:
+        return {}
+    keys = x.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)  # [B, H, N, D]
+    return {"source_kv": (keys, keys.flip(-1))}

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
-from oracles import close
+from oracles import close, source_of
 from torch import nn
 from transformers import BertConfig, GPT2Config
 from transformers.models.bert.modeling_bert import BertLayer
@@ -28,6 +28,10 @@ def randomised(module, dtype=torch.float32):
 def block_of(any_design, **options):
     """A block in the place of the second of two layers: with a single layer skip wiring has no source."""
     return Block(DIM, HEADS, design=formix.design(any_design).layer(1, 2), **options)
+
+
+def run(block, x, **arguments):
+    return block(x, **source_of(block, x), **arguments)
 
 
 def seen_mask():
@@ -188,7 +192,7 @@ def test_formula(any_design, norm):
     x = torch.randn(2, 7, DIM, dtype=torch.float64)
 
     def a(h):
-        return block.attn(h) * block.ls1.gamma
+        return block.attn(h, **source_of(block, x)) * block.ls1.gamma
 
     def f(h):
         return block.mlp(h) * block.ls2.gamma if layout.ffn else 0
@@ -202,12 +206,12 @@ def test_formula(any_design, norm):
     else:
         y = n(x + a(x))
         expected = m(y + f(y)) if layout.ffn else y
-    close(block(x), expected, 1e-12)
+    close(run(block, x), expected, 1e-12)
 
 
 def test_every_parameter_gets_a_gradient(any_design):
     block = block_of(any_design, qkv_bias=True)
-    block(torch.randn(2, 7, DIM)).square().sum().backward()
+    run(block, torch.randn(2, 7, DIM)).square().sum().backward()
     assert [n for n, p in block.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
@@ -215,26 +219,26 @@ def test_deepcopy_pickle_and_state_dict(any_design):
     block = randomised(block_of(any_design, qkv_bias=True))
     x = torch.randn(2, 7, DIM)
     with torch.no_grad():
-        expected = block(x)
+        expected = run(block, x)
         copies = [copy.deepcopy(block), pickle.loads(pickle.dumps(block))]
         fresh = block_of(any_design, qkv_bias=True).eval()
-        fresh(x)
+        run(fresh, x)
         fresh.load_state_dict(block.state_dict(), strict=True)
         for other in (*copies, fresh):
-            assert torch.equal(other(x), expected)
+            assert torch.equal(run(other, x), expected)
         for p in block.parameters():
             p.mul_(0.5)
         for other in copies:
-            assert torch.equal(other(x), expected), "a copy shares nothing with the original"
-        assert not torch.equal(block(x), expected)
+            assert torch.equal(run(other, x), expected), "a copy shares nothing with the original"
+        assert not torch.equal(run(block, x), expected)
 
 
 def test_autocast(any_design):
     block = block_of(any_design, qkv_bias=True, qk_norm=True)
     x = torch.randn(2, 7, DIM)
-    expected = block(x)
+    expected = run(block, x)
     with torch.autocast("cpu", torch.bfloat16):
-        out = block(x)
+        out = run(block, x)
         out.float().square().sum().backward()
     close(out, expected, 3e-2)
     assert all(p.grad.isfinite().all() for p in block.parameters())
@@ -244,8 +248,8 @@ def test_autocast(any_design):
 def test_16_bit_weights(any_design, dtype):
     block = block_of(any_design, qkv_bias=True).eval()
     x = torch.randn(2, 7, DIM)
-    expected = block(x)
-    out = block.to(dtype)(x.to(dtype))
+    expected = run(block, x)
+    out = run(block.to(dtype), x.to(dtype))
     assert out.dtype == dtype
     close(out, expected, 4e-2)
 
@@ -258,9 +262,9 @@ def test_device_and_dtype(any_design):
 def test_dropout_and_stochastic_depth(any_design):
     block = block_of(any_design, proj_drop=0.2, drop_path=0.3)
     x = torch.randn(8, 7, DIM)
-    assert not torch.equal(block(x), block(x))
+    assert not torch.equal(run(block, x), run(block, x))
     block.eval()
-    assert torch.equal(block(x), block(x))
+    assert torch.equal(run(block, x), run(block, x))
 
 
 def is_sima(any_design):
@@ -272,11 +276,11 @@ def test_causal_does_not_see_the_future(any_design):
     x = torch.randn(2, 7, DIM)
     if is_sima(any_design):
         with pytest.raises(ValueError, match="cannot be causal"):
-            block(x, is_causal=True)
+            run(block, x, is_causal=True)
         return
     other = torch.cat([x[:, :4], torch.randn(2, 3, DIM)], 1)
-    assert torch.equal(block(x, is_causal=True)[:, :4], block(other, is_causal=True)[:, :4])
-    assert not torch.equal(block(x, is_causal=True)[:, 4:], block(other, is_causal=True)[:, 4:])
+    assert torch.equal(run(block, x, is_causal=True)[:, :4], run(block, other, is_causal=True)[:, :4])
+    assert not torch.equal(run(block, x, is_causal=True)[:, 4:], run(block, other, is_causal=True)[:, 4:])
 
 
 def test_padding_is_that_of_the_unpadded_input(any_design):
@@ -284,13 +288,13 @@ def test_padding_is_that_of_the_unpadded_input(any_design):
     x = torch.randn(2, 7, DIM)
     padded = torch.cat([x, torch.randn(2, 3, DIM)], 1)
     mask = (torch.arange(10) < 7).expand(2, 1, 1, 10)
-    close(block(padded, attn_mask=mask)[:, :7], block(x), 1e-5)
+    close(run(block, padded, attn_mask=mask)[:, :7], run(block, x), 1e-5)
 
 
 def test_follows_permutations_of_tokens(any_design):
     block = randomised(block_of(any_design, qkv_bias=True))
     x, order = torch.randn(2, 7, DIM), torch.randperm(7)
-    close(block(x[:, order]), block(x)[:, order], 1e-5)
+    close(run(block, x[:, order]), run(block, x)[:, order], 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -299,16 +303,16 @@ def test_compiles_without_graph_breaks(any_design, backend):
     block = block_of(any_design, qkv_bias=True)
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     x = torch.randn(2, 7, DIM)
-    out = compiled(x)
-    close(out, block(x), 1e-5)
+    out = run(compiled, x)
+    close(out, run(block, x), 1e-5)
     names, parameters = zip(*block.named_parameters(), strict=True)
     got = torch.autograd.grad(out.square().sum(), parameters)
-    want = torch.autograd.grad(block(x).square().sum(), parameters)
+    want = torch.autograd.grad(run(block, x).square().sum(), parameters)
     for name, a, b in zip(names, got, want, strict=True):
         close(a, b, 1e-5, f"gradient of {name}", floor=1.0)
     block.eval()
     with torch.no_grad():
-        close(compiled(x), block(x), 1e-5)
+        close(run(compiled, x), run(block, x), 1e-5)
 
 
 @pytest.mark.parametrize("any_layer", [0, 1])
@@ -317,6 +321,12 @@ def test_takes_a_layer_of_a_design(any_layer):
     block = Block(DIM, HEADS, design=design.layer(any_layer, 2))
     assert (block.mlp is None) is (any_layer == 1)
     assert block.layer_design.index == any_layer
+
+
+def test_a_layer_that_reads_an_earlier_one_needs_it():
+    """Without it a loop over a model's blocks would compute another model."""
+    with pytest.raises(ValueError, match="Layer 1 reads the keys and values of layer 0 and has been given none"):
+        block_of("relu+skip")(torch.randn(2, 7, DIM))
 
 
 def test_unknown_designs_are_refused():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from oracles import close
+from oracles import close, source_of
 from timm.layers import DropPath
 from torch import nn
 
@@ -58,13 +58,14 @@ def test_equals_the_separate_form(design, case, mode, monkeypatch):
     plain = unfused(block)
     calls = fused_calls(block, monkeypatch)
     x = torch.randn(2, 7, DIM)
+    source = source_of(block, x)
     with torch.set_grad_enabled(mode != "eval_no_grad"):
-        close(block(x), plain(x), 1e-6)
+        close(block(x, **source), plain(x, **source), 1e-6)
     assert len(calls) == 1
     if mode == "eval_no_grad":
         return
     for b in (block, plain):
-        b(x).square().sum().backward()
+        b(x, **source).square().sum().backward()
     expected = dict(plain.named_parameters())
     for name, p in block.named_parameters():
         close(p.grad, expected[name].grad, 1e-5, f"gradient of {name}", floor=0.1)
@@ -81,7 +82,8 @@ def test_equals_the_separate_form_with_masks_and_sources():
     close(out, expected, 1e-6)
     for got, want in zip(own, expected_own, strict=True):
         close(got, want, 1e-6)
-    assert not torch.equal(out, block(x, attn_mask=arguments["attn_mask"], is_causal=True))
+    arguments["source_kv"] = source[0].flip(2), source[1].flip(2)
+    assert not torch.equal(out, block(x, **arguments)[0])
 
 
 def test_float64():

@@ -116,7 +116,17 @@ class Block(nn.Module):
         source_kv: KeyValue | None = None,
         return_kv: bool = False,
     ) -> Tensor | tuple[Tensor, KeyValue]:
-        """[B, N, C] -> [B, N, C], and with `return_kv` also the layer's own keys and values for a later layer."""
+        """[B, N, C] -> [B, N, C], and with `return_kv` also the layer's own keys and values for a later layer.
+
+        Raises:
+            ValueError: a layer that reads an earlier one, without `source_kv`.
+        """
+        layer = self.layer_design
+        if layer.source is not None and source_kv is None:
+            raise ValueError(
+                f"Layer {layer.index} reads the keys and values of layer {layer.source} and has been given none: call "
+                "all blocks of the model at once, model.blocks(x), or pass source_kv."
+            )
         own: KeyValue | None = None
 
         def mix(h: Tensor) -> Tensor:
