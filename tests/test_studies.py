@@ -24,7 +24,7 @@ PLACES = {
 }
 SMALL = {
     "image-classification": ["--limit=64", "--batch_size=32", '--model_args={"depth": 2, "embed_dim": 16}'],
-    "text": ["--limit=20000", "--batch_size=32", "--sequence_length=32"],
+    "text": ["--limit=8000", "--batch_size=32", "--sequence_length=32"],
 }
 
 
@@ -42,7 +42,7 @@ def small_copy(place: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
 def test_study(study, tmp_path):
     settings = yaml.safe_load(study.read_text())
-    flags = ["--seeds=1", "--epochs=1", "--latency=false", f"--out={tmp_path / 'out'}"]
+    flags = ["--seeds=1", "--epochs=1", "--lrs=1e-3", "--evaluations=1", "--latency=false", f"--out={tmp_path / 'out'}"]
     if study.stem in PLACES:
         prefix, place = PLACES[study.stem]
         if not (SHARED / place).exists():
