@@ -18,6 +18,7 @@ from formix.conversion.source import Source, unknown_family
 from formix.conversion.weight_map import ROWS, Rule, resolve
 from formix.design import Design
 from formix.models.parts import find_layers
+from formix.models.vit import without_weights
 
 SAME_NAMES = Rule(sources=(r"(?P<n>.*)",), target="{n}")
 XCIT = (
@@ -112,7 +113,7 @@ def _asked_for(model: Any, read: Any) -> tuple[str, dict[str, Any]]:
         raise ValueError("This timm model does not say its name (pretrained_cfg); make it with timm.create_model.")
     wanted = read(model)
     always = {k: wanted[k] for k in ("num_classes", "img_size", "in_chans", "global_pool")}
-    probe = timm.create_model(name, device="meta", **always)
+    probe = without_weights(name, **always)
     arguments = always | {k: v for k, v in wanted.items() if read(probe)[k] != v}
     return name, arguments
 

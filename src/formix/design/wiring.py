@@ -52,7 +52,7 @@ class Wiring:
 
     @classmethod
     def last(cls, count: int, distance: int = 1, **heads: Any) -> Wiring:
-        """The last `count` layers read the layer `distance` below them."""
+        """The last `count` layers read the layer `distance` below them, where there is one."""
         return cls(source=f"last({count},{distance})", **heads)
 
     @classmethod

@@ -246,6 +246,16 @@ def _plain(name: str, kwargs: dict[str, Any], layers: list[LayerDesign]) -> Any:
     return model
 
 
+_TAKE_WEIGHT_INIT = ("vision_transformer", "vision_transformer_relpos", "deit")  # modules of timm
+
+
+def without_weights(name: str, **kwargs: Any) -> Any:
+    """The model that timm would build, without weights: on the meta device, where drawing them takes most of the time
+    and changes nothing."""
+    known = timm.is_model(name) and timm.model_entrypoint(name).__module__.rpartition(".")[2] in _TAKE_WEIGHT_INIT
+    return timm.create_model(name, **{**({"weight_init": "skip"} if known else {}), **kwargs, "device": "meta"})
+
+
 def _probe(name: str, kwargs: dict[str, Any]) -> Any:
     """The model that timm would build, without weights, checked to be one whose blocks can be replaced."""
     from formix.models import own_blocks
@@ -254,7 +264,7 @@ def _probe(name: str, kwargs: dict[str, Any]) -> Any:
         raise ValueError("block_fn and attn_layer are what the design decides; leave them out.")
     check_sizes(kwargs)
     try:
-        probe: Any = timm.create_model(name, **{**kwargs, "device": "meta"})
+        probe = without_weights(name, **kwargs)
     except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"timm cannot build {name!r} with {kwargs}: {reason}") from None
