@@ -156,7 +156,7 @@ def test_a_part_of_the_blocks_reads_the_same_layers():
     stack = stack_of(Design(wiring=Wiring(source=(None, None, None, 1), heads=2))).eval()
     x = torch.randn(2, 7, DIM)
     close(stack[1:](stack[:1](x)), stack(x), 1e-6)
-    with pytest.raises(ValueError, match="Layer 3 reads the keys and values of layer 1, which is not among"):
+    with pytest.raises(ValueError, match="Layer 3 reads the keys and values of layer 1 and has been given none"):
         stack[2:](x)
 
 

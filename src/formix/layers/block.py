@@ -190,12 +190,7 @@ class BlockStack(nn.Sequential):
         kept: dict[int, KeyValue] = {}  # by the layer's number in its model, of which these may be a part
         for i, block in enumerate(blocks):
             layer, source, readers = block.layer_design.index, sources[i], sources[i + 1 :]
-            if source is not None and source not in kept:
-                raise ValueError(
-                    f"Layer {layer} reads the keys and values of layer {source}, which is not among the blocks before "
-                    "it here: call all blocks at once."
-                )
-            args = (x, attn_mask, is_causal, None if source is None else kept[source], layer in readers)
+            args = (x, attn_mask, is_causal, None if source is None else kept.get(source), layer in readers)
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 out = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             else:
