@@ -88,9 +88,8 @@ class AttentionCase(Measurable):
             *(["causal"] if self.causal else []),
             "forward + backward" if self.backward else "forward",
             self.dtype,
-            f"B={self.batch} H={self.heads} N={self.tokens} D={self.head_size}",
+            f"B={self.batch} H={self.heads} N={self.tokens} D={self.head_size}{self.place}",
             *([f"on {self.only}"] if self.only else []),
-            *([f"on {self.device}"] if self.device != "cpu" else []),
             *([self.layout] if self.layout != "packed" else []),
         ]
         return " ".join(words)

@@ -31,6 +31,11 @@ class Measurable(ABC):
     device: str  # where its tensors and models are made
 
     @property
+    def place(self) -> str:
+        """The end of the name of a case that is not measured on the CPU."""
+        return "" if self.device == "cpu" else f" on {self.device}"
+
+    @property
     @abstractmethod
     def name(self) -> str:
         """Unique among the cases of a run."""

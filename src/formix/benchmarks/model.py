@@ -50,7 +50,7 @@ class ModelCase(Measurable):
     def name(self) -> str:
         """Unique among the cases of a run."""
         what = "training step" if self.training else "forward"
-        return f"{self.model} {'+'.join(self.designs)} {what} {self.precision} B={self.batch}{_place(self)}"
+        return f"{self.model} {'+'.join(self.designs)} {what} {self.precision} B={self.batch}{self.place}"
 
     def models(self) -> dict[str, nn.Module]:
         """Contender -> model, all of the same trunk."""
@@ -114,7 +114,7 @@ class BlockCase(Measurable):
         """Unique among the cases of a run."""
         what = "forward + backward" if self.training else "forward"
         shape = f"B={self.batch} N={self.tokens} C={self.dim} H={self.heads}"
-        return f"block {'+'.join(self.designs)} {what} {self.precision} {shape}{_place(self)}"
+        return f"block {'+'.join(self.designs)} {what} {self.precision} {shape}{self.place}"
 
     def models(self) -> dict[str, nn.Module]:
         """Contender -> block."""
@@ -166,10 +166,6 @@ def _check(case: ModelCase | BlockCase) -> None:
         )
     for name in case.designs:
         find_design(name)
-
-
-def _place(case: ModelCase | BlockCase) -> str:
-    return "" if case.device == "cpu" else f" on {case.device}"
 
 
 @functools.cache

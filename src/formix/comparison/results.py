@@ -76,9 +76,7 @@ class RunRecord:
     curve: tuple[CurvePoint, ...] = ()  # evaluations in order
     parameters: int | None = None  # parameters, frozen ones included
     flops: int | None = None  # FLOPs of one item's forward pass; of sentences, one of the mean length
-    train_items_per_second: float | None = (
-        None  # of training steps, the designs timed in turn; without that, of the run
-    )
+    train_items_per_second: float | None = None  # of steps, the designs timed in turn; without latency, of the run
     train_seconds: float | None = None  # training time, evaluation not counted
     # precision -> batch size -> ms per batch
     latency_ms: dict[str, dict[str, float | None]] = field(default_factory=dict)

@@ -39,8 +39,7 @@ class ConvertedCase(Measurable):
     def name(self) -> str:
         """Unique among the cases of a run."""
         size = f"{self.img_size or 'own'} pixels" if self.tokens is None else f"N={self.tokens}"
-        place = "" if self.device == "cpu" else f" on {self.device}"
-        return f"{self.directory} forward {self.precision} B={self.batch} {size}{place}"
+        return f"{self.directory} forward {self.precision} B={self.batch} {size}{self.place}"
 
     def models(self) -> dict[str, Any]:
         """Contender -> model."""
